@@ -1,0 +1,26 @@
+"""autochunk: a torch.compile backend that trains without materialising the logits.
+
+>>> model = torch.compile(model, backend="autochunk")  # doctest: +SKIP
+"""
+
+from autochunk.backend import FallbackWarning, autochunk
+from autochunk.config import OptionError, Options, options
+from autochunk.deferred import DeferredTensor, StaleError
+from autochunk.report import Report, Row
+from autochunk.types import REFUSAL_CODES, Refusal
+from autochunk.version import __version__
+
+__all__ = [
+    "REFUSAL_CODES",
+    "DeferredTensor",
+    "FallbackWarning",
+    "OptionError",
+    "Options",
+    "Refusal",
+    "Report",
+    "Row",
+    "StaleError",
+    "__version__",
+    "autochunk",
+    "options",
+]

@@ -1,0 +1,357 @@
+"""Backend: the stages in order, and the fallback to plain Inductor."""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.compile_fx import compile_fx
+
+from autochunk import body as body_stage
+from autochunk import runtime
+from autochunk.body import BodySpec, TensorSpec
+from autochunk.config import OptionError, Options
+from autochunk.deferred import defer
+from autochunk.donation import donation_aware
+from autochunk.find import find, hint, op_name, source_line
+from autochunk.lift import lift, row_input_features
+from autochunk.lower import lower, refuse_to_lower
+from autochunk.plan import plan
+from autochunk.report import Report, Row, next_graph, publish, write_debug
+from autochunk.rewrite import Rewritten, Scheduled, rewrite
+from autochunk.tail import cotangents, differentiable_outputs
+from autochunk.types import Candidate, Lifted, Lowered, Plan, Refusal, Region
+from autochunk.version import __version__
+
+
+class FallbackWarning(UserWarning):
+    """A rewrite failed; the graph runs as plain Inductor."""
+
+
+def autochunk(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **extra: Any,
+) -> Callable[..., Any]:
+    """The compiler function behind ``torch.compile(..., backend="autochunk")``.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: Its inputs.
+        mode: Inductor's mode.
+        options: See :class:`autochunk.Options`.
+
+    Raises:
+        OptionError: for options that are not valid.
+        Exception: what failed in a rewrite, with ``strict``.
+    """
+    parsed = Options.parse(options, mode)
+    graph = next_graph()
+    try:
+        made = _rewrite(gm, parsed, graph)
+        compiled = made.compile(example_inputs, parsed)
+        publish(made.report, parsed.debug is not None)
+        return compiled
+    except OptionError:
+        raise
+    except Exception as error:
+        if parsed.strict:
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"autochunk: a rewrite failed and the graph runs as plain Inductor ({reason}). "
+            'Please report it; options={"strict": True} shows where it comes from.',
+            FallbackWarning,
+            stacklevel=2,
+        )
+        report = Report(graph, (), failure=reason + "\n" + traceback.format_exc(limit=-3))
+        compiled = _inductor(gm, example_inputs, parsed)
+        publish(report, parsed.debug is not None)
+        return compiled
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What ``_rewrite`` decided."""
+
+    original: fx.GraphModule
+    rewritten: Rewritten | None
+    loops: tuple[runtime.Loop, ...]
+    report: Report
+
+    def compile(self, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+        if self.rewritten is None:
+            return _inductor(self.original, example_inputs, options)
+        compiled = _inductor(self.rewritten.gm, example_inputs, options)
+        return _wrap(compiled, self.rewritten, self.loops)
+
+
+def _inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    return compile_fx(gm, list(example_inputs), config_patches=donation_aware(options.inductor))
+
+
+def _rewrite(gm: fx.GraphModule, options: Options, number: int) -> _Made:
+    candidates, refused = find(gm.graph, options.min_bytes)
+    refusals: dict[str, Refusal] = {c.name: r for c, r in refused}
+    every = [*candidates, *(c for c, _ in refused)]
+    for candidate in candidates:
+        refusal = refuse_to_lower(gm.graph, candidate)
+        if refusal is not None:
+            refusals[candidate.name] = refusal
+    lowered: Lowered | None = None
+    lifted: Lifted | None = None
+    scheduled: list[Scheduled] = []
+    # Each round lowers the heads that are still in; a refusal starts another without that head.
+    while kept := [c for c in candidates if c.name not in refusals]:
+        lowered = lower(gm.graph, kept)
+        lifted = lift(lowered)
+        found = dict(lifted.refusals)
+        if not found:
+            scheduled, found = _schedule(lowered, lifted, options)
+        if not found:
+            break
+        refusals.update(found)
+    rewritten, loops = None, ()
+    stages: list[tuple[str, str]] = [("dynamo", _readable(gm))]
+    if kept and lowered is not None and lifted is not None:
+        loops = tuple(_loop(item, options) for item in scheduled)
+        rewritten = rewrite(gm, lowered, lifted, scheduled)
+        stages.append(("lowered", _readable(lowered.graph)))
+        for item, loop in zip(scheduled, loops, strict=True):
+            stages.append((f"{item.region.name}_body", _readable(item.region.body)))
+            if item.cotangents is not None:
+                stages.append((f"{item.region.name}_cotangents", _readable(item.cotangents.graph)))
+            for name in ("value_kernel", "full_kernel", "grad_kernel"):
+                kernel = getattr(loop, name)
+                if kernel is not None:
+                    stages.append((f"{item.region.name}_{name}", kernel.graph))
+        stages.append(("rewritten", _readable(rewritten.gm)))
+    directory = ""
+    if options.debug is not None and every:
+        directory = write_debug(options.debug, number, stages)
+    rows = [_row(c, refusals.get(c.name), lowered, lifted, scheduled) for c in every]
+    return _Made(gm, rewritten, loops, Report(number, tuple(rows), directory=directory))
+
+
+def _schedule(
+    lowered: Lowered, lifted: Lifted, options: Options
+) -> tuple[list[Scheduled], dict[str, Refusal]]:
+    scheduled = []
+    for region in lifted.regions:
+        wanted = bool(region.grad_outputs and differentiable_outputs(lowered, lifted, region))
+        known = cotangents(lowered, lifted, region) if wanted else "no gradient is wanted"
+        decided = plan(region, known, options, wanted)
+        if wanted and options.strategy == "fused" and decided.strategy != "fused":
+            head = next(n for n, c in lowered.heads.items() if c.name in region.heads)
+            refusal = Refusal("not-fusable", op_name(head), decided.why, source_line(head))
+            return [], {name: refusal for name in region.heads}
+        fused = decided.strategy == "fused" and not isinstance(known, str)
+        scheduled.append(
+            Scheduled(
+                region,
+                decided,
+                known if fused else None,  # type: ignore[arg-type]
+                key=_key(_spec(region, decided, options), decided),
+            )
+        )
+    return scheduled, {}
+
+
+def _spec(region: Region, decided: Plan, options: Options) -> BodySpec:
+    rows = []
+    for spec in region.row_inputs:
+        val = spec.source.meta["val"]
+        sizes = tuple(hint(f) for f in row_input_features(spec))
+        rows.append(TensorSpec(sizes, (), val.dtype, val.device))
+    shared = []
+    for node in region.shared_inputs:
+        val = node.meta["val"]
+        sizes = tuple(hint(s) for s in val.shape)
+        shared.append(TensorSpec(sizes, tuple(hint(s) for s in val.stride()), val.dtype, val.device))
+    outputs = tuple(
+        TensorSpec(tuple(hint(f) for f in o.features), (), o.val.dtype, o.val.device)
+        for o in region.outputs
+    )
+    grads = decided.strategy != "forward"
+    return BodySpec(
+        body=region.body,
+        rows=tuple(rows),
+        shared=tuple(shared),
+        outputs=outputs,
+        row_grads=region.row_grads if grads else (),
+        shared_grads=region.shared_grads if grads else (),
+        grad_outputs=region.grad_outputs if grads else (),
+        chunk_rows=decided.chunk_rows,
+        symbolic=decided.dynamic,
+        inductor=options.inductor,
+    )
+
+
+def _key(spec: BodySpec, decided: Plan) -> str:
+    """A hash of everything that decides what a region computes."""
+    parts = [
+        spec.body.code,
+        spec.rows,
+        spec.shared,
+        spec.outputs,
+        spec.row_grads,
+        spec.shared_grads,
+        spec.grad_outputs,
+        spec.chunk_rows,
+        spec.symbolic,
+        sorted((k, repr(v)) for k, v in spec.inductor.items()),
+        decided.strategy,
+        decided.accumulate_dtype,
+        torch.__version__,
+        __version__,
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _loop(item: Scheduled, options: Options) -> runtime.Loop:
+    """The region's loop; an equal one that exists already is used again."""
+    existing = runtime.REGIONS.get(item.key)
+    if existing is not None:
+        return existing
+    spec = _spec(item.region, item.plan, options)
+    strategy = item.plan.strategy
+    kernels = {}
+    if strategy == "fused":
+        kernels["full_kernel"] = body_stage.compile_body(spec, values=True, grads=True)
+    else:
+        kernels["value_kernel"] = body_stage.compile_body(spec, values=True, grads=False)
+        if strategy == "recompute":
+            kernels["grad_kernel"] = body_stage.compile_body(spec, values=False, grads=True)
+    loop = runtime.Loop(
+        spec=spec,
+        checks=item.region.checks,
+        accumulate=item.plan.accumulate_dtype,
+        name=item.region.name,
+        **kernels,
+    )
+    runtime.REGIONS[item.key] = loop
+    return loop
+
+
+def _wrap(
+    compiled: Callable[..., Any], rewritten: Rewritten, loops: tuple[runtime.Loop, ...]
+) -> Callable[..., Any]:
+    """Puts deferred tensors where the old graph returned wide values; keeps the loops alive."""
+    if not rewritten.deferrals:
+
+        def call(*args: Any) -> Any:
+            return compiled(*args)
+
+        call._autochunk_loops = loops  # type: ignore[attr-defined]
+        return call
+
+    def call_and_defer(*args: Any) -> list[Any]:
+        results = compiled(*args)
+        outputs: list[Any] = [None] * rewritten.n_outputs
+        for position, value in zip(rewritten.kept, results, strict=False):
+            outputs[position] = value
+        for deferral in rewritten.deferrals:
+            def value(source: Any) -> Any:
+                if isinstance(source, int):
+                    return source
+                kind, i = source
+                return args[i] if kind == "input" else results[i]  # noqa: B023
+
+            tensor = defer(
+                deferral.graph,
+                inputs=[value(source) for source in deferral.inputs],
+                shape=[value(size) for size in deferral.shape],
+                strides=[value(stride) for stride in deferral.strides],
+                val=deferral.val,
+                requires_grad=deferral.needs_grad,
+            )
+            for position in deferral.positions:
+                outputs[position] = tensor
+        return outputs
+
+    call_and_defer._autochunk_loops = loops  # type: ignore[attr-defined]
+    return call_and_defer
+
+
+def _row(
+    candidate: Candidate,
+    refusal: Refusal | None,
+    lowered: Lowered | None,
+    lifted: Lifted | None,
+    scheduled: Sequence[Scheduled],
+) -> Row:
+    val = candidate.node.meta["example_value"]
+    dtype = str(val.dtype).removeprefix("torch.")
+    rows = "×".join(str(s) for s in val.shape[:-1])
+    row = Row(
+        head=candidate.name,
+        source=candidate.source,
+        shape=f"{rows} × {candidate.out_features} {dtype}",
+        found=_path(candidate),
+        logits_bytes=candidate.logits_bytes,
+        refusal=refusal,
+    )
+    if refusal is not None or lowered is None or lifted is None:
+        return row
+    mine = [item for item in scheduled if candidate.name in item.region.heads]
+    notes = []
+    if len(mine) > 1:
+        notes.append(f"its rows are selected in {len(mine)} ways; the product runs once for each")
+    if any(_deferred_from(node, candidate, lowered) for node in lifted.deferred):
+        notes.append("the logits are also returned: deferred until somebody uses them")
+    notes.extend(
+        f"recomputed in the backward pass: {item.plan.why}"
+        for item in mine
+        if item.plan.strategy == "recompute"
+    )
+    plans = [item.plan for item in mine]
+    return replace(
+        row,
+        strategy=" + ".join(p.strategy for p in plans),
+        chunks=" + ".join(f"{p.num_chunks} × {p.chunk_rows}" for p in plans),
+        chunk_bytes=max(p.chunk_bytes for p in plans),
+        notes=tuple(notes),
+    )
+
+
+def _deferred_from(node: fx.Node, candidate: Candidate, lowered: Lowered) -> bool:
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if lowered.heads.get(current) is candidate:
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
+
+
+def _path(candidate: Candidate, limit: int = 8) -> str:
+    """``linear → float → cross_entropy``: the ops downstream of a head, in order."""
+    names, reached = [], {candidate.node}
+    for node in candidate.node.graph.nodes:
+        if node is candidate.node or (
+            node.op != "output" and any(a in reached for a in node.all_input_nodes)
+        ):
+            reached.add(node)
+            name = op_name(node)
+            if not names or names[-1] != name:
+                names.append(name)
+    shown = names if len(names) <= limit else [*names[: limit - 1], "…", names[-1]]
+    return " → ".join(shown)
+
+
+def _readable(gm: fx.GraphModule) -> str:
+    return gm.print_readable(print_output=False)

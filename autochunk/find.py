@@ -1,0 +1,231 @@
+"""Find: which linears of a Dynamo graph amplify, and may end in a reduction?
+
+A *candidate* is a linear with at least ``AMPLIFY`` times as many output as input features. The
+walk here is cheap (shapes only) and rejects what a glance can reject: small outputs, and wide
+outputs that enter another layer. Everything subtler is for ``lift`` to decide.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from autochunk.types import NARROW, Candidate, Refusal
+
+#: Output features per input feature from which on a linear counts as amplifying.
+AMPLIFY = 4
+
+_MATMUL = {torch.matmul, operator.matmul, torch.mm, "matmul", "mm", "__matmul__"}
+_ADDMM = {torch.addmm, "addmm"}
+_LAYERS = {F.scaled_dot_product_attention, torch.bmm, F.conv1d, F.conv2d, "bmm"}
+
+
+def find(
+    graph: fx.Graph, min_bytes: int
+) -> tuple[tuple[Candidate, ...], tuple[tuple[Candidate, Refusal], ...]]:
+    """Candidates of a Dynamo graph.
+
+    Args:
+        graph: Nodes carry ``meta["example_value"]``, as Dynamo leaves them.
+        min_bytes: Outputs below this are refused as ``small``.
+
+    Returns:
+        The candidates worth analysing, and those refused at a glance with the reason. Linears
+        that do not amplify are in neither.
+    """
+    kept, refused = [], []
+    for node in graph.nodes:
+        candidate = as_candidate(node)
+        if candidate is None:
+            continue
+        refusal = _refuse_at_a_glance(candidate, min_bytes)
+        if refusal is None:
+            kept.append(candidate)
+        else:
+            refused.append((candidate, refusal))
+    return tuple(kept), tuple(refused)
+
+
+def as_candidate(node: fx.Node) -> Candidate | None:
+    """The candidate that ``node`` is, if it is an amplifying linear."""
+    parsed = _parse_linear(node)
+    if parsed is None:
+        return None
+    x, weight, bias, layout = parsed
+    x_val, w_val, out = fake(x), fake(weight), fake(node)
+    if not all(isinstance(v, torch.Tensor) for v in (x_val, w_val, out)):
+        return None
+    if x_val.dim() < 2 or w_val.dim() != 2 or out.dim() < 2 or not out.is_floating_point():
+        return None
+    in_features, out_features = hint(x_val.shape[-1]), hint(out.shape[-1])
+    if out_features < AMPLIFY * in_features:
+        return None
+    return Candidate(
+        node=node,
+        x=x,
+        weight=weight,
+        bias=bias,
+        weight_layout=layout,
+        rows=out.numel() // out.shape[-1],
+        in_features=in_features,
+        out_features=out_features,
+        logits_bytes=hint(out.numel()) * out.element_size(),
+        source=source_line(node),
+    )
+
+
+def fake(node: fx.Node) -> object:
+    """The fake value Dynamo recorded for a node, or None."""
+    return node.meta.get("example_value")
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size as a number: a symbolic one by the value it was first seen with.
+
+    Sizes without a hint (unbacked: they depend on data) count as 4096.
+    """
+    if isinstance(size, torch.SymInt):
+        found = size.node.hint
+        return int(found) if found is not None else 4096
+    return int(size)
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line: code`` of the innermost frame that is the user's, from the node's trace.
+
+    Frames inside torch are skipped; where there is nothing else the last frame is taken.
+    """
+    trace = node.meta.get("stack_trace") or ""
+    frames = []
+    for line in trace.splitlines():
+        stripped = line.strip()
+        if stripped.startswith('File "') and '", line ' in stripped:
+            path, _, rest = stripped[len('File "') :].partition('", line ')
+            number = rest.split(",", 1)[0]
+            frames.append([path, number, ""])
+        elif frames and stripped and not set(stripped) <= {"^", "~"} and not frames[-1][2]:
+            frames[-1][2] = stripped
+    if not frames:
+        return ""
+    own = [f for f in frames if "/torch/" not in f[0]] or frames
+    path, number, code = own[-1]
+    return f"{path}:{number}" + (f": {code}" if code else "")
+
+
+def op_name(node: fx.Node) -> str:
+    """The op of a node as a user would write it."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__.lstrip("_")
+    if isinstance(target, str):
+        return target
+    return getattr(target, "__name__", str(target))
+
+
+def _parse_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, str] | None:
+    """(x, weight, bias, weight layout) of a linear-like node."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    args, kwargs, target = node.args, node.kwargs, node.target
+    if target is F.linear or target is torch._C._nn.linear:
+        names = ("input", "weight", "bias")
+        got = {**dict(zip(names, args, strict=False)), **kwargs}
+        operands: list[object] = [got.get("input"), got.get("weight"), got.get("bias")]
+        layout = "VH"
+    elif target in _MATMUL:
+        second = kwargs.get("other", kwargs.get("mat2"))
+        pair = [*args, *([] if second is None else [second])]
+        if len(pair) != 2:
+            return None
+        operands, layout = [*pair, None], "HV"
+    elif target in _ADDMM:
+        if len(args) != 3 or kwargs.keys() - {"beta", "alpha"} or any(
+            v != 1 for v in kwargs.values()
+        ):
+            return None
+        operands, layout = [args[1], args[2], args[0]], "HV"
+    elif target is torch.einsum and len(args) >= 2 and isinstance(args[0], str):
+        return _parse_einsum(args[0], args[1:])
+    else:
+        return None
+    x, weight, bias = operands
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    if bias is not None and not isinstance(bias, fx.Node):
+        return None
+    return x, weight, bias, layout
+
+
+def _parse_einsum(
+    equation: str, rest: tuple[object, ...]
+) -> tuple[fx.Node, fx.Node, None, str] | None:
+    """Einsums that are a linear: ``bth,vh->btv``, ``nh,hv->nv``, either order of operands."""
+    operands = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2 or len(operands) != 2 or "." in equation:
+        return None
+    for i in (0, 1):
+        x_term, w_term = terms[i], terms[1 - i]
+        x, weight = operands[i], operands[1 - i]
+        rows, h, v = x_term[:-1], x_term[-1:], output[-1:]
+        if (
+            isinstance(x, fx.Node)
+            and isinstance(weight, fx.Node)
+            and output == rows + v
+            and rows
+            and w_term in (v + h, h + v)
+            and len({*x_term, v}) == len(x_term) + 1
+        ):
+            return x, weight, None, "VH" if w_term == v + h else "HV"
+    return None
+
+
+def _refuse_at_a_glance(candidate: Candidate, min_bytes: int) -> Refusal | None:
+    if candidate.logits_bytes < min_bytes:
+        return Refusal(
+            "small",
+            op_name(candidate.node),
+            f"{candidate.logits_bytes} bytes of logits; min_bytes is {min_bytes}",
+            candidate.source,
+        )
+    if isinstance(candidate.rows, int) and candidate.rows == 1:
+        return Refusal("single-row", op_name(candidate.node), "one row of logits", candidate.source)
+    layer = _layer_fed_by(candidate.node)
+    if layer is not None:
+        return Refusal(
+            "feeds-layer",
+            op_name(layer),
+            f"the {candidate.out_features}-wide output enters {op_name(layer)}",
+            source_line(layer),
+        )
+    return None
+
+
+def _layer_fed_by(head: fx.Node) -> fx.Node | None:
+    """A layer with a wide output that the wide values downstream of ``head`` enter, if any."""
+    wide_numel = hint(fake(head).numel())  # type: ignore[union-attr, attr-defined]
+    seen, stack = {head}, [head]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in seen or user.op == "output":
+                continue
+            seen.add(user)
+            if not _is_wide(fake(user), wide_numel):
+                continue
+            if _parse_linear(user) is not None or user.target in _LAYERS:
+                return user
+            stack.append(user)
+    return None
+
+
+def _is_wide(value: object, wide_numel: int) -> bool:
+    tensors: Iterable[object] = value if isinstance(value, (tuple, list)) else (value,)
+    return any(
+        isinstance(t, torch.Tensor) and hint(t.numel()) * NARROW > wide_numel for t in tensors
+    )

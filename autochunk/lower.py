@@ -1,0 +1,399 @@
+"""Lower: the candidates' cones, from Dynamo's torch-level calls to functional ATen.
+
+The cone of a set of heads is every node reachable from them. It is run once under ``make_fx``
+with the fake tensors Dynamo recorded, forward only. Loss functions that hide a reduction over
+rows inside (``nll_loss_forward`` and its like) are decomposed, so that everything ends in
+primitives and the boundary falls where the rows are really mixed.
+
+What must survive the lowering although autograd is off while it runs:
+    autocast    the graph's own enter/exit calls are replayed; ambient autocast is simply on.
+                Both leave ``_to_copy`` nodes.
+    no_grad     values computed while the graph has gradients switched off get a ``detach`` node.
+    in-place    functionalised; what cannot be is a refusal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._decomp import get_decompositions
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autochunk.find import fake, op_name, source_line
+from autochunk.types import Candidate, Lowered, Refusal
+
+aten = torch.ops.aten
+
+#: Losses that hide a reduction over rows, or several ops in one, become primitives.
+DECOMPOSITIONS = get_decompositions(
+    [
+        aten.nll_loss_forward,
+        aten.nll_loss2d_forward,
+        aten.mse_loss,
+        aten.smooth_l1_loss,
+        aten.huber_loss,
+        aten.binary_cross_entropy,
+        aten.binary_cross_entropy_with_logits,
+        aten.soft_margin_loss,
+        aten.multi_margin_loss,
+        aten.multilabel_margin_loss_forward,
+        aten.native_layer_norm,
+        aten.addcmul,
+        aten.addcdiv,
+        aten.xlogy,
+        aten.norm,
+        aten.log_sigmoid_forward,
+        aten.glu,
+        aten.special_xlog1py,
+    ]
+)
+
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+_SET_GRAD = torch._C._set_grad_enabled
+_HEAD = "autochunk_head"
+
+
+def cone_of(graph: fx.Graph, heads: Sequence[fx.Node]) -> list[fx.Node]:
+    """Nodes reachable from ``heads``, themselves included, in graph order, without the output."""
+    reached = set(heads)
+    for node in graph.nodes:
+        if node.op != "output" and any(arg in reached for arg in node.all_input_nodes):
+            reached.add(node)
+    return [node for node in graph.nodes if node in reached]
+
+
+def refuse_to_lower(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
+    """A construct in a candidate's cone that must not be lowered, as a refusal."""
+    for node in cone_of(graph, [candidate.node]):
+        target = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            custom = "autograd_function" in str(target)
+            code = "custom-function" if custom else "higher-order"
+            return Refusal(code, str(target), f"{target} in its cone", source_line(node))
+        if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and (
+            str(target).split(".")[0] not in ("aten", "prims")
+        ):
+            detail = f"{target} is a custom operator"
+            return Refusal("custom-function", str(target), detail, source_line(node))
+        if node.op == "call_module" or (node.op == "call_function" and _is_grad_function(target)):
+            return Refusal("custom-function", op_name(node), f"{target}", source_line(node))
+    return _refuse_mutation(graph, candidate)
+
+
+def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
+    """Lowers the union of the candidates' cones.
+
+    Args:
+        graph: The Dynamo graph; it is not modified.
+        candidates: Heads for which :func:`refuse_to_lower` is None.
+
+    Raises:
+        Exception: whatever tracing raises; the backend turns it into a fallback.
+    """
+    heads = {c.node: c for c in candidates}
+    cone = cone_of(graph, list(heads))
+    cone_set = frozenset(cone)
+    inputs = tuple(
+        node
+        for node in graph.nodes
+        if node not in cone_set and any(user in cone_set for user in node.users)
+    )
+    (output_node,) = (n for n in graph.nodes if n.op == "output")
+    outputs = tuple(n for n in output_node.all_input_nodes if n in cone_set)
+
+    def run(*values: Any) -> list[Any]:
+        env: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
+        grad_enabled = True
+        contexts: dict[fx.Node, Any] = {}
+        for node in graph.nodes:
+            if node.target is _ENTER_AUTOCAST:
+                contexts[node] = _ENTER_AUTOCAST(*node.args)
+            elif node.target is _EXIT_AUTOCAST:
+                _EXIT_AUTOCAST(contexts.pop(node.args[0]))
+            elif node.target is _SET_GRAD:
+                grad_enabled = bool(node.args[0])
+            elif node in cone_set:
+                with _source_of(node, heads):
+                    value = _call(node, env, heads)
+                    if not grad_enabled:
+                        value = pytree.tree_map_only(torch.Tensor, torch.detach, value)
+                    env[node] = value
+        return [env[node] for node in outputs]
+
+    fakes = [fake(node) for node in inputs]
+    with contextlib.ExitStack() as stack:
+        for value in fakes:
+            if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
+                stack.enter_context(value.fake_mode)
+                break
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(enable_python_dispatcher())
+        stack.enter_context(fx_traceback.preserve_node_meta())
+        lowered = make_fx(
+            torch.func.functionalize(run),
+            decomposition_table=DECOMPOSITIONS,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*fakes)
+    _remove_fresh_mutations(lowered)
+    _cast_before_transpose(lowered)
+    _split_to_slices(lowered)
+    _sized_constants(lowered)
+    lowered.graph.eliminate_dead_code()
+    lowered.recompile()
+    return Lowered(
+        graph=lowered,
+        inputs=inputs,
+        outputs=outputs,
+        heads=_head_nodes(lowered.graph, heads),
+        needs_grad=_needs_grad(lowered.graph, fakes),
+        cone=cone_set,
+    )
+
+
+def uses_autocast(graph: fx.Graph) -> bool:
+    """Whether autocast is on around the graph, or anywhere inside it."""
+    ambient = torch._C._is_any_autocast_enabled()
+    return ambient or any(node.target is _ENTER_AUTOCAST for node in graph.nodes)
+
+
+def remaining_mutation(graph: fx.Graph) -> fx.Node | None:
+    """The first node of a lowered graph that still writes to one of its arguments."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return node
+    return None
+
+
+def _call(node: fx.Node, env: dict[fx.Node, Any], heads: dict[fx.Node, Candidate]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+    if node in heads:
+        return _call_head(heads[node], env)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    raise NotImplementedError(f"cannot lower a {node.op} node: {node.format_node()}")
+
+
+def _call_head(candidate: Candidate, env: dict[fx.Node, Any]) -> torch.Tensor:
+    """The head as one matrix product over flattened rows, whatever it was written as."""
+    x, weight = env[candidate.x], env[candidate.weight]
+    bias = None if candidate.bias is None else env[candidate.bias]
+    rows = x.reshape(-1, x.shape[-1])
+    if candidate.weight_layout == "VH":
+        out = F.linear(rows, weight, bias)
+    elif bias is None:
+        out = torch.mm(rows, weight)
+    else:
+        out = torch.addmm(bias, rows, weight)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@contextlib.contextmanager
+def _source_of(node: fx.Node, heads: dict[fx.Node, Candidate]) -> Iterator[None]:
+    """Gives the ATen nodes made inside the stack trace of ``node``, and marks heads."""
+    marked = fx.Node(node.graph, node.name, "call_function", aten.detach.default, (), {})
+    marked.meta = {"stack_trace": node.meta.get("stack_trace", "")}
+    if node in heads:
+        marked.meta["custom"] = {_HEAD: node.name}
+    with fx_traceback.set_current_meta(marked):
+        yield
+
+
+def _head_nodes(
+    graph: fx.Graph, heads: dict[fx.Node, Candidate]
+) -> dict[fx.Node, Candidate]:
+    by_name = {node.name: candidate for node, candidate in heads.items()}
+    found = {}
+    for node in graph.nodes:
+        name = (node.meta.get("custom") or {}).get(_HEAD)
+        if name in by_name and node.target in (aten.mm.default, aten.addmm.default):
+            found[node] = by_name[name]
+    return found
+
+
+def _needs_grad(graph: fx.Graph, fakes: Sequence[Any]) -> frozenset[fx.Node]:
+    if not torch.is_grad_enabled():
+        return frozenset()
+    needs: set[fx.Node] = set()
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, value in zip(placeholders, fakes, strict=True):
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            needs.add(node)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is not aten.detach.default:
+            if _is_differentiable(node.meta.get("val")) and any(arg in needs for arg in node.all_input_nodes):
+                needs.add(node)
+    return frozenset(needs)
+
+
+def _is_differentiable(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_is_differentiable(v) for v in value)
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _cast_before_transpose(gm: fx.GraphModule) -> None:
+    """``W.t().to(bf16)`` → ``W.to(bf16).t()``: the gradient then has the weight's own layout."""
+    for node in list(gm.graph.nodes):
+        if node.target is not aten._to_copy.default:
+            continue
+        (transposed,) = node.all_input_nodes
+        if transposed.target is not aten.t.default:
+            continue
+        with gm.graph.inserting_before(node):
+            cast = gm.graph.call_function(node.target, transposed.args, node.kwargs)
+            cast.meta = {**node.meta, "val": node.meta["val"].t()}
+            back = gm.graph.call_function(aten.t.default, (cast,))
+            back.meta = dict(node.meta)
+        node.replace_all_uses_with(back)
+        gm.graph.erase_node(node)
+
+
+def _split_to_slices(gm: fx.GraphModule) -> None:
+    """``split``, ``unbind`` → one ``slice`` or ``select`` per piece: pieces are row ops then."""
+    for node in list(gm.graph.nodes):
+        target = node.target
+        if target not in (
+            aten.split.Tensor,
+            aten.split_with_sizes.default,
+            aten.unbind.int,
+            aten.chunk.default,
+        ):
+            continue
+        x = node.args[0]
+        dim = node.args[-1] if len(node.args) > (1 if target is aten.unbind.int else 2) else 0
+        start: Any = 0
+        pieces = list(node.meta["val"])
+        sizes = [1 if target is aten.unbind.int else piece.shape[dim] for piece in pieces]
+        if not all(isinstance(size, int) for size in sizes):
+            continue
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        for user in list(node.users):
+            start, size = starts[user.args[1]], sizes[user.args[1]]
+            with gm.graph.inserting_before(user):
+                if target is aten.unbind.int:
+                    piece = gm.graph.call_function(aten.select.int, (x, dim, start))
+                else:
+                    piece = gm.graph.call_function(aten.slice.Tensor, (x, dim, start, start + size))
+                piece.meta = dict(user.meta)
+            user.replace_all_uses_with(piece)
+            gm.graph.erase_node(user)
+
+
+_SIZED = {
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 1,
+    aten.new_empty.default: 0,
+}
+
+
+def _sized_constants(gm: fx.GraphModule) -> None:
+    """``x.new_zeros(size)`` → ``full(size, 0)``: only ``x``'s dtype and device were used."""
+    for node in list(gm.graph.nodes):
+        if node.target in _SIZED:
+            size, fill = node.args[1], _SIZED[node.target]
+        elif node.target is aten.new_full.default:
+            size, fill = node.args[1], node.args[2]
+        else:
+            continue
+        val = node.meta["val"]
+        with gm.graph.inserting_before(node):
+            constant = gm.graph.call_function(
+                aten.full.default, (size, fill), {"dtype": val.dtype, "device": val.device}
+            )
+            constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+        gm.graph.erase_node(node)
+
+
+def _remove_fresh_mutations(gm: fx.GraphModule) -> None:
+    """Rewrites ``x.op_(…)`` to ``x = x.op(…)`` where ``x`` is a temporary nobody aliases.
+
+    Composite ops (cross entropy with label smoothing) use such calls inside, beneath
+    functionalisation. ``remaining_mutation`` finds those that had to stay.
+    """
+    for node in list(gm.graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        functional = _functional_twin(node.target)
+        if functional is None:
+            continue
+        written = node.args[0]
+        if not isinstance(written, fx.Node) or _is_aliased(written):
+            continue
+        with gm.graph.inserting_before(node):
+            twin = gm.graph.call_function(functional, node.args, node.kwargs)
+            twin.meta = dict(node.meta)
+        order = {n: i for i, n in enumerate(gm.graph.nodes)}
+        for user in list(written.users):
+            if user is not twin and order[user] > order[node]:
+                user.replace_input_with(written, twin)
+        node.replace_all_uses_with(twin)
+        gm.graph.erase_node(node)
+
+
+def _functional_twin(target: torch._ops.OpOverload) -> Any:
+    """``aten.div_.Tensor`` → ``aten.div.Tensor``; None for ops that do not mutate."""
+    schema_name = target._schema.name.split("::")[1]
+    if not target._schema.is_mutable or not schema_name.endswith("_"):
+        return None
+    packet = getattr(aten, schema_name[:-1], None)
+    return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def _is_aliased(node: fx.Node) -> bool:
+    """Whether a node's memory can be seen through another node: it is a view, or has views."""
+    if node.op != "call_function" or _is_view(node):
+        return True
+    return any(_is_view(user) for user in node.users)
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and any(
+        arg.alias_info is not None and not arg.alias_info.is_write
+        for arg in target._schema.arguments
+    )
+
+
+def _is_grad_function(target: Any) -> bool:
+    owner = getattr(target, "__self__", None)
+    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+
+
+_INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "setitem"}
+
+
+def _refuse_mutation(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
+    """In-place edits that reordering could expose: outside the cone but after the head.
+
+    The rewrite moves the cone behind everything else, so a tensor of the outside that is
+    modified after the head ran must not be one that the cone reads. Edits *inside* the cone are
+    functionalised; whatever of them remains is found in the lowered graph.
+    """
+    cone = set(cone_of(graph, [candidate.node]))
+    after = False
+    for node in graph.nodes:
+        after = after or node is candidate.node
+        name = op_name(node)
+        inplace = (
+            (node.op == "call_method" and name.endswith("_") and not name.endswith("__"))
+            or (node.op == "call_function" and name in _INPLACE_OPERATORS)
+            or (node.op == "call_function" and name.endswith("_") and "aten" in str(node.target))
+            or "out" in node.kwargs
+        )
+        if after and inplace and node not in cone and name != "requires_grad_":
+            detail = f"{name} modifies a tensor after the head ran"
+            return Refusal("mutation", name, detail, source_line(node))
+    return None

@@ -1,0 +1,95 @@
+"""Plan: from a byte budget to rows per chunk, and which strategy a region runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from autochunk.config import Options
+from autochunk.find import hint
+from autochunk.types import Cotangents, Plan, Region
+
+#: Bytes one chunk's logits and their gradient may take where the user does not say.
+DEFAULT_BUDGET = 256 * 2**20
+
+#: Up to this many additions are made in a half precision weight gradient's own dtype: the
+#: rounding of k partial sums adds about k/2 times the variance of the final rounding, which the
+#: unchunked gradient has as well, along with that of the logits' gradient (docs/numerics.md).
+MAX_HALF_ACCUMULATIONS = 8
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def plan(
+    region: Region, cotangents: Cotangents | str, options: Options, wanted: bool
+) -> Plan:
+    """Decides how a region runs.
+
+    Args:
+        region: The region.
+        cotangents: From ``tail``, or the reason why they are not known in advance.
+        options: The user's options.
+        wanted: Whether a gradient can come back into the region at all.
+    """
+    rows = max(1, hint(region.rows))
+    row_bytes = 2 * region.wide_features * region.wide_itemsize
+    if options.chunk_rows is not None:
+        chunk = options.chunk_rows
+    elif options.num_chunks is not None:
+        chunk = -(-rows // options.num_chunks)
+    else:
+        chunk = max(1, (options.memory_budget or DEFAULT_BUDGET) // row_bytes)
+    chunk = min(chunk, rows)
+    strategy, why = _strategy(region, cotangents, options, wanted)
+    dynamic = isinstance(region.rows, torch.SymInt)
+    count = -(-rows // chunk)
+    even = chunk if dynamic else -(-rows // count)
+    return Plan(
+        strategy=strategy,
+        chunk_rows=even,
+        num_chunks=count,
+        chunk_bytes=even * row_bytes,
+        accumulate_dtype=options.accumulate_dtype,
+        dynamic=dynamic,
+        why=why,
+    )
+
+
+def chunk_bounds(rows: int, chunk_rows: int) -> list[tuple[int, int]]:
+    """Near-equal chunks of at most ``chunk_rows`` rows: ``[(start, end), ...]``.
+
+    >>> chunk_bounds(7, 3)
+    [(0, 3), (3, 6), (6, 7)]
+    """
+    count = -(-rows // chunk_rows)
+    size = -(-rows // count) if count else 1
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def accumulate_dtype(
+    dtype: torch.dtype, chunks: int, requested: torch.dtype | None
+) -> torch.dtype:
+    """The dtype in which a gradient of ``dtype`` is summed over ``chunks`` chunks."""
+    if requested is not None:
+        return torch.promote_types(dtype, requested)
+    return torch.float32 if dtype in _HALF and chunks > MAX_HALF_ACCUMULATIONS else dtype
+
+
+def _strategy(
+    region: Region, cotangents: Cotangents | str, options: Options, wanted: bool
+) -> tuple[str, str]:
+    if not wanted:
+        return "forward", "no gradient is wanted"
+    if options.strategy == "recompute":
+        return "recompute", "asked for"
+    if isinstance(cotangents, str):
+        return "recompute", cotangents
+    if options.strategy == "auto" and _computes_in_half(region):
+        return "recompute", "float16 gradients would underflow without the upstream loss scale"
+    return "fused", "the loss is affine in its per-row values"
+
+
+def _computes_in_half(region: Region) -> bool:
+    vals: Sequence[torch.Tensor] = [s.meta["val"] for s in region.shared_inputs]
+    return any(v.dtype == torch.float16 for v in vals)

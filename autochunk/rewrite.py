@@ -1,0 +1,456 @@
+"""Rewrite: a new Dynamo-level graph in which each region is one opaque op.
+
+    1. Everything outside the cone is copied as it was.
+    2. Outer nodes of the lowered graph follow, where something needs them.
+    3. Per region: its inputs are prepared (rows selected, expanded, flattened), then
+         fused      cotangents, the op on detached inputs, and ``attach`` on the loss;
+         recompute  the differentiable op;
+         forward    the same on detached inputs.
+    4. Tail nodes follow, reading the region's outputs in the user's shapes.
+    5. Wide values that were outputs of the graph leave it; their inputs are returned instead.
+
+The lowered nodes had autocast applied when they were lowered; it is switched off around them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from autochunk.lift import is_size, row_input_features
+from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
+from autochunk.tail import logical_order, output_index
+from autochunk.types import Cotangents, Lifted, Lowered, Plan, Region, RowInput, RowValue
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A region with everything needed to write it into the graph."""
+
+    region: Region
+    plan: Plan
+    cotangents: Cotangents | None
+    key: str
+
+
+@dataclass(frozen=True)
+class Deferral:
+    """A wide output of the graph that is not computed by it.
+
+    Attributes:
+        node: The lowered node.
+        positions: Where it stood in the graph's outputs.
+        graph: Computes it from ``inputs``.
+        inputs: For each input, ``("input", i)`` for an input of the graph or ``("output", i)``
+            for one of its new outputs.
+        shape, strides: Of the value; symbolic numbers are given as ``inputs`` are.
+        val: A fake tensor with its dtype and device.
+        needs_grad: Whether a gradient flows through it.
+    """
+
+    node: fx.Node
+    positions: tuple[int, ...]
+    graph: fx.GraphModule
+    inputs: tuple[tuple[str, int], ...]
+    shape: tuple[int | tuple[str, int], ...]
+    strides: tuple[int | tuple[str, int], ...]
+    val: torch.Tensor
+    needs_grad: bool
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The new graph, and what its wrapper must put back in place.
+
+    Attributes:
+        gm: Its outputs are those of the old graph without the deferred ones, then the extra
+            inputs of the deferred ones.
+        kept: For each output of ``gm`` that the old graph had, its old position.
+        n_outputs: Number of outputs of the old graph.
+        deferrals: The wide outputs.
+    """
+
+    gm: fx.GraphModule
+    kept: tuple[int, ...]
+    n_outputs: int
+    deferrals: tuple[Deferral, ...]
+
+
+def rewrite(
+    gm: fx.GraphModule, lowered: Lowered, lifted: Lifted, scheduled: Sequence[Scheduled]
+) -> Rewritten:
+    """Writes the new graph; ``gm`` is not modified."""
+    return _Writer(gm, lowered, lifted, scheduled).write()
+
+
+class _Writer:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        lowered: Lowered,
+        lifted: Lifted,
+        scheduled: Sequence[Scheduled],
+    ) -> None:
+        self.gm = gm
+        self.lowered = lowered
+        self.lifted = lifted
+        self.scheduled = scheduled
+        self.new = fx.Graph()
+        self.from_dynamo: dict[fx.Node, fx.Node] = {}
+        self.outer: dict[fx.Node, fx.Node] = {}  # lowered node → new node
+        self.stored: dict[tuple[str, int], fx.Node] = {}  # region output → new node
+        self.logical: dict[fx.Node, fx.Node] = {}  # lowered value node → new node
+        self.sizes: dict[sympy.Expr, fx.Node] = {}
+        self.trace: str | None = None
+
+    def write(self) -> Rewritten:
+        (output,) = (n for n in self.gm.graph.nodes if n.op == "output")
+        for node in self.gm.graph.nodes:
+            if node.op != "output" and node not in self.lowered.cone:
+                self.from_dynamo[node] = self.new.node_copy(node, self.from_dynamo.__getitem__)
+                self._remember_sizes(self.from_dynamo[node], node.meta.get("example_value"))
+        placeholders = [n for n in self.lowered.graph.graph.nodes if n.op == "placeholder"]
+        for node, source in zip(placeholders, self.lowered.inputs, strict=True):
+            self.outer[node] = self.from_dynamo[source]
+        exits = self._disable_autocast()
+        losses: dict[fx.Node, list[tuple[list[fx.Node], list[fx.Node]]]] = {}
+        for item in self.scheduled:
+            attachment = self._region(item)
+            if attachment is not None:
+                assert item.cotangents is not None
+                losses.setdefault(item.cotangents.loss, []).append(attachment)
+        self._tail(losses)
+        deferrals, extra = self._deferrals(output)
+        for node in reversed(exits):
+            self.new.call_function(_EXIT_AUTOCAST, (node,))
+        gone = {p for d in deferrals for p in d.positions}
+        flat = list(output.args[0])  # type: ignore[arg-type]
+        kept = [i for i in range(len(flat)) if i not in gone]
+        results = [self._returned(flat[i]) for i in kept]
+        self.new.output((*results, *extra))
+        self.new.lint()
+        new_gm = fx.GraphModule(self.gm, self.new)
+        new_gm.meta = dict(self.gm.meta)
+        return Rewritten(new_gm, tuple(kept), len(flat), tuple(deferrals))
+
+    # ---- pieces of the graph
+
+    def _disable_autocast(self) -> list[fx.Node]:
+        if not uses_autocast(self.gm.graph):
+            return []
+        devices = {
+            node.meta["val"].device.type
+            for node in self.lowered.graph.graph.nodes
+            if isinstance(node.meta.get("val"), torch.Tensor)
+        }
+        return [
+            self.new.call_function(_ENTER_AUTOCAST, (device, None, False, None))
+            for device in sorted(devices)
+        ]
+
+    def _region(self, item: Scheduled) -> tuple[list[fx.Node], list[fx.Node]] | None:
+        """Writes one region; returns the inputs and their gradients if a loss must carry them."""
+        region, plan = item.region, item.plan
+        self.trace = self._trace_of(region)
+        rows = [self._row_input(spec, region) for spec in region.row_inputs]
+        shared = [self._get(node) for node in region.shared_inputs]
+        if plan.strategy == "recompute":
+            results = self._emit(torch.ops.autochunk.forward.default, rows, shared, item.key)
+            self._take_outputs(region, results)
+            return None
+        detached = [[self._detach(n) for n in nodes] for nodes in (rows, shared)]
+        if plan.strategy == "forward":
+            results = self._emit(torch.ops.autochunk.forward.default, *detached, item.key)
+            self._take_outputs(region, results)
+            return None
+        assert item.cotangents is not None
+        weights = self._cotangents(item.cotangents)
+        results = self._emit(torch.ops.autochunk.fused.default, *detached, weights, item.key)
+        self._take_outputs(region, results)
+        wanted = [rows[i] for i in region.row_grads] + [shared[i] for i in region.shared_grads]
+        first = len(region.outputs)
+        gradients = [self._item(results, first + i) for i in range(len(wanted))]
+        return wanted, gradients
+
+    def _take_outputs(self, region: Region, results: fx.Node) -> None:
+        for i, value in enumerate(region.outputs):
+            out = self._item(results, i)
+            self.stored[region.name, i] = out if value.needs_grad else self._detach(out)
+
+    def _tail(
+        self, losses: Mapping[fx.Node, list[tuple[list[fx.Node], list[fx.Node]]]]
+    ) -> None:
+        for node in self.lifted.tail:
+            self.trace = node.meta.get("stack_trace")
+            split = self.lifted.splits.get(node)
+            args, kwargs = node.args, dict(node.kwargs)
+            if split is not None:
+                first = self._value(split.inner)
+                rest = fx.map_arg(node.args[1:], self._get)
+                made = self._emit(
+                    node.target, first, *rest, **{**fx.map_arg(kwargs, self._get), **split.kwargs}
+                )
+            else:
+                made = self._emit(
+                    node.target, *fx.map_arg(args, self._get), **fx.map_arg(kwargs, self._get)
+                )
+            for inputs, gradients in losses.get(node, []):
+                made = self._emit(torch.ops.autochunk.attach.default, made, inputs, gradients)
+            self.outer[node] = made
+            self._remember_sizes(made, node.meta.get("val"))
+
+    def _deferrals(self, output: fx.Node) -> tuple[list[Deferral], list[fx.Node]]:
+        flat = list(output.args[0])  # type: ignore[arg-type]
+        (lowered_output,) = (n for n in self.lowered.graph.graph.nodes if n.op == "output")
+        lowered_results = list(lowered_output.args[0])  # type: ignore[arg-type]
+        extra: list[fx.Node] = []
+        placeholders = [n for n in self.new.nodes if n.op == "placeholder"]
+        deferrals = []
+        n_kept = sum(
+            1 for arg in flat if not self._is_deferred(arg, lowered_results)
+        )
+        for node in self.lifted.deferred:
+            positions = [
+                i
+                for i, arg in enumerate(flat)
+                if self._is_deferred(arg, lowered_results, node)
+            ]
+            graph, inputs = _wide_graph(self.lowered, node)
+
+            def source(value: Any) -> Any:
+                new = self._get(value) if isinstance(value, fx.Node) else self._size(value)
+                if not isinstance(new, fx.Node):
+                    return int(new)
+                if new in placeholders:
+                    return ("input", placeholders.index(new))
+                if new not in extra:
+                    extra.append(new)
+                return ("output", n_kept + extra.index(new))
+
+            val = node.meta["val"]
+            deferrals.append(
+                Deferral(
+                    node=node,
+                    positions=tuple(positions),
+                    graph=graph,
+                    inputs=tuple(source(n) for n in inputs),
+                    shape=tuple(source(s) for s in val.shape),
+                    strides=tuple(source(s) for s in val.stride()),
+                    val=val,
+                    needs_grad=node in self.lowered.needs_grad,
+                )
+            )
+        return deferrals, extra
+
+    def _is_deferred(
+        self, arg: Any, lowered_results: Sequence[Any], wanted: fx.Node | None = None
+    ) -> bool:
+        if not isinstance(arg, fx.Node) or arg not in self.lowered.outputs:
+            return False
+        lowered_node = lowered_results[self.lowered.outputs.index(arg)]
+        return lowered_node is wanted if wanted is not None else (
+            lowered_node in self.lifted.deferred
+        )
+
+    def _returned(self, arg: Any) -> Any:
+        if not isinstance(arg, fx.Node):
+            return arg
+        if arg not in self.lowered.cone:
+            return self.from_dynamo[arg]
+        (lowered_output,) = (n for n in self.lowered.graph.graph.nodes if n.op == "output")
+        node = lowered_output.args[0][self.lowered.outputs.index(arg)]  # type: ignore[index]
+        return self._get(node) if isinstance(node, fx.Node) else node
+
+    # ---- values
+
+    def _get(self, node: fx.Node) -> Any:
+        """The new node (or number) of a lowered node."""
+        if is_size(node):
+            return self._size(node.meta["val"])
+        if node in self.outer:
+            return self.outer[node]
+        if node in self.lifted.values:
+            return self._value(self.lifted.values[node], node)
+        self._copy(node)
+        return self.outer[node]
+
+    def _copy(self, node: fx.Node) -> None:
+        """Copies an outer node of the lowered graph, after those it needs."""
+        for arg in node.all_input_nodes:
+            self._get(arg)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._get)
+        saved, self.trace = self.trace, node.meta.get("stack_trace")
+        self.outer[node] = self._emit(node.target, *args, **kwargs)
+        self.trace = saved
+        self._remember_sizes(self.outer[node], node.meta.get("val"))
+
+    def _value(self, value: RowValue, node: fx.Node | None = None) -> fx.Node:
+        """A region's output in the user's shape."""
+        if node is not None and node in self.logical:
+            return self.logical[node]
+        for item in self.scheduled:
+            index = output_index(value, item.region)
+            if index is not None:
+                out = self.stored[item.region.name, index]
+                break
+        else:
+            raise KeyError(f"{value} is no region's output")
+        shape = [*value.row_shape, *value.features]
+        if len(shape) != 1 + len(value.features):
+            out = self._emit(aten.view.default, out, [self._size(s) for s in shape])
+        order = logical_order(value.is_row)
+        if order != sorted(order):
+            out = self._emit(aten.permute.default, out, order)
+        if not value.needs_grad:
+            out = self._detach(out)
+        if node is not None:
+            self.logical[node] = out
+        return out
+
+    def _row_input(self, spec: RowInput, region: Region) -> fx.Node:
+        """An outer value as ``[rows, *features]``, with the region's selection of rows."""
+        features = row_input_features(spec)
+        out = self._get(spec.source)
+        shape = list(spec.source.meta["val"].shape)
+        pad = len(spec.is_row) - len(shape)
+        if pad:
+            out = self._emit(aten.view.default, out, [1] * pad + [self._size(s) for s in shape])
+            shape = [1] * pad + shape
+        rows = iter(spec.row_shape)
+        full = [next(rows) if row else s for s, row in zip(shape, spec.is_row, strict=True)]
+        if [str(s) for s in full] != [str(s) for s in shape]:
+            out = self._emit(aten.expand.default, out, [self._size(s) for s in full])
+        order = logical_order(spec.is_row)
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        if inverse != sorted(inverse):
+            out = self._emit(aten.permute.default, out, inverse)
+        current = tuple(spec.row_shape)
+        sizes = [self._size(f) for f in features]
+        for step in region.chain[len(spec.chain) :]:
+            if [str(s) for s in current] != [str(s) for s in step.in_shape]:
+                view = [*(self._size(s) for s in step.in_shape), *sizes]
+                out = self._emit(aten.reshape.default, out, view)
+            args = fx.map_arg(step.args, self._get)
+            if step.target is aten.permute.default:
+                n = len(step.in_shape)
+                args = ([*args[0], *range(n, n + len(features))],)
+            out = self._emit(step.target, out, *args)
+            current = step.out_shape
+        if len(current) != 1:
+            out = self._emit(aten.reshape.default, out, [-1, *sizes])
+        return out
+
+    def _cotangents(self, known: Cotangents) -> list[fx.Node]:
+        """Inlines the graph that computes a region's cotangents."""
+        placeholders = [n for n in known.graph.graph.nodes if n.op == "placeholder"]
+        n_outputs = len(placeholders) - len(known.inputs)
+        env: dict[fx.Node, Any] = {}
+        for placeholder, node in zip(placeholders[n_outputs:], known.inputs, strict=True):
+            if any(not is_size(user) for user in placeholder.users):
+                env[placeholder] = self._get(node)
+
+        def get(node: fx.Node) -> Any:
+            return self._size(node.meta["val"]) if is_size(node) else env[node]
+
+        for node in known.graph.graph.nodes:
+            if node.op == "call_function" and not is_size(node):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), get)
+                env[node] = self._emit(node.target, *args, **kwargs)
+            elif node.op == "get_attr":
+                raise NotImplementedError("a constant tensor in the loss's derivative")
+            elif node.op == "output":
+                return [env[arg] for arg in node.args[0]]  # type: ignore[union-attr]
+        raise AssertionError("a graph without an output")
+
+    # ---- small things
+
+    def _emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.new.call_function(target, args, kwargs)
+        if self.trace:
+            node.meta["stack_trace"] = self.trace
+        return node
+
+    def _item(self, results: fx.Node, index: int) -> fx.Node:
+        return self._emit(operator.getitem, results, index)
+
+    def _detach(self, node: fx.Node) -> fx.Node:
+        return self._emit(aten.detach.default, node)
+
+    def _trace_of(self, region: Region) -> str | None:
+        for node, candidate in self.lowered.heads.items():
+            if candidate.name in region.heads:
+                return node.meta.get("stack_trace")
+        return None
+
+    def _remember_sizes(self, node: fx.Node, val: Any) -> None:
+        """Notes which symbols a new node can provide."""
+        if isinstance(val, torch.SymInt):
+            expr = val.node.expr
+            if isinstance(expr, sympy.Symbol):
+                self.sizes.setdefault(expr, node)
+        elif isinstance(val, torch.Tensor):
+            for d, size in enumerate(val.shape):
+                if isinstance(size, torch.SymInt):
+                    expr = size.node.expr
+                    if isinstance(expr, sympy.Symbol) and expr not in self.sizes:
+                        self.sizes[expr] = self._emit(aten.sym_size.int, node, d)
+
+    def _size(self, size: Any) -> Any:
+        """A number, or the new node that computes a symbolic one."""
+        if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return size
+        expr = size.node.expr
+        if expr.is_number:
+            return int(expr) if isinstance(size, torch.SymInt) else size
+        if expr in self.sizes:
+            return self.sizes[expr]
+        env = {s: fx.Proxy(self.sizes[s]) for s in expr.free_symbols}
+        made = sympy_interp(PythonReferenceAnalysis, env, expr)
+        self.sizes[expr] = made.node
+        return made.node
+
+
+def _wide_graph(
+    lowered: Lowered, wide: fx.Node
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The part of the lowered graph that computes a wide value from what is outside of it.
+
+    Nodes that depend on a head are inside, and sizes; everything else is an input.
+    """
+    dependent: set[fx.Node] = set(lowered.heads)
+    for node in lowered.graph.graph.nodes:
+        if any(a in dependent for a in node.all_input_nodes):
+            dependent.add(node)
+    needed: set[fx.Node] = set()
+    stack = [wide]
+    while stack:
+        node = stack.pop()
+        inside = node in dependent or (is_size(node) and node.op != "placeholder")
+        if node in needed or not inside:
+            continue
+        needed.add(node)
+        stack.extend(node.all_input_nodes)
+    graph = fx.Graph()
+    env: dict[fx.Node, Any] = {}
+    inputs: list[fx.Node] = []
+    ordered = [n for n in lowered.graph.graph.nodes if n in needed]
+    for node in ordered:
+        for arg in node.all_input_nodes:
+            if arg not in needed and arg not in env:
+                env[arg] = graph.placeholder(arg.name)
+                inputs.append(arg)
+    for node in ordered:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(env[wide])
+    graph.lint()
+    return fx.GraphModule({}, graph), inputs

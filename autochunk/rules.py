@@ -1,0 +1,728 @@
+"""The row rules: which ATen ops treat rows independently, and how each is written per row.
+
+Lifting is batching, read backwards: a body value is stored as ``[rows, *features]`` and each rule
+re-writes one op of the user's graph for that layout. A rule either returns the lifted value or
+raises :class:`Boundary`, which ends the body there. The comment above each rule says why it is
+legal: computing it on a chunk of rows gives that chunk of the whole result.
+
+Shape legend: R rows, F, K features, N logical row dimensions (there may be several).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from autochunk.types import RowOp, RowValue, Split
+
+if TYPE_CHECKING:
+    from autochunk.lift import Walk
+
+aten = torch.ops.aten
+
+Result = RowValue | Split | tuple[RowValue, ...]
+
+
+class Boundary(Exception):
+    """The op cannot be part of a body.
+
+    Attributes:
+        code: Refusal code, should a wide value be lost by it.
+        detail: One sentence.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule and the family it belongs to (for the docs' table and the tests' samples)."""
+
+    apply: Callable[[Walk, fx.Node], Result]
+    family: str
+
+
+RULES: dict[Any, Rule] = {}
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an ATen op: registered, or pointwise by PyTorch's own tag."""
+    found = RULES.get(target)
+    if found is not None:
+        return found
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
+        return None
+    if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
+        return None
+    if torch.Tag.pointwise in target.tags and len(target._schema.returns) == 1:
+        return POINTWISE
+    return None
+
+
+def _register(family: str, targets: Iterable[Any]) -> Callable[[Any], Any]:
+    def register(apply: Callable[[Walk, fx.Node], Result]) -> Callable[[Walk, fx.Node], Result]:
+        for target in targets:
+            RULES[target] = Rule(apply, family)
+        return apply
+
+    return register
+
+
+# ---- pointwise -------------------------------------------------------------------------------
+
+
+# Each output element depends on the same element of every operand. Operands that span rows are
+# cut like the rows; operands that do not are the same for every row.
+def _pointwise(walk: Walk, node: fx.Node) -> RowValue:
+    operands = [walk.env[a] for a in node.all_input_nodes if a in walk.env]
+    if any(not isinstance(o, RowValue) for o in operands):
+        raise Boundary("no-rule", "an operand has several parts")
+    out = node.meta["val"]
+    is_row = common_layout(operands, out.dim())  # type: ignore[arg-type]
+    like: RowValue = operands[0]  # type: ignore[assignment]
+    features = sum(not row for row in is_row)
+
+    def lifted(arg: fx.Node) -> fx.Node:
+        value = walk.env.get(arg)
+        if isinstance(value, RowValue):
+            return pad_features(walk, value, features)
+        return walk.outer_operand(arg, is_row, like)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lifted)
+    kwargs = {k: v for k, v in kwargs.items() if k != "memory_format"}
+    return walk.result(node, walk.emit(node.target, *args, **kwargs), is_row, like, operands)
+
+
+POINTWISE = Rule(_pointwise, "pointwise")
+
+_register(
+    "pointwise",
+    [
+        aten.alias.default,
+        aten.detach.default,
+        aten.lift_fresh_copy.default,
+        aten.masked_fill.Tensor,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.empty_like.default,
+        aten.fill.Scalar,
+        aten.bucketize.Tensor,
+        aten._prelu_kernel.default,
+    ],
+)(_pointwise)
+
+
+# A cast is pointwise; a move to another device is not something a chunk should do.
+@_register("pointwise", [aten._to_copy.default])
+def _to_copy(walk: Walk, node: fx.Node) -> RowValue:
+    source = node.all_input_nodes[0].meta["val"]
+    if node.meta["val"].device != source.device:
+        raise Boundary("no-rule", "the logits are moved to another device")
+    return _pointwise(walk, node)
+
+
+# copy(a, b) is b, cast and broadcast to a: pointwise in b.
+@_register("pointwise", [aten.copy.default])
+def _copy(walk: Walk, node: fx.Node) -> RowValue:
+    target, source = node.args[0], node.args[1]
+    value = walk.env.get(source)  # type: ignore[arg-type]
+    a, b = target.meta["val"], source.meta["val"]  # type: ignore[union-attr]
+    if isinstance(value, RowValue) and a.dtype == b.dtype and same_shape(a.shape, b.shape):
+        return value
+    return _pointwise(walk, node)
+
+
+# ---- reductions over features ----------------------------------------------------------------
+
+_SPLITS: dict[Any, Any] = {
+    aten.sum.dim_IntList: aten.sum.dim_IntList,
+    aten.sum.default: aten.sum.dim_IntList,
+    aten.mean.dim: aten.mean.dim,
+    aten.mean.default: aten.mean.dim,
+    aten.amax.default: aten.amax.default,
+    aten.amin.default: aten.amin.default,
+    aten.max.default: aten.amax.default,
+    aten.min.default: aten.amin.default,
+    aten.any.default: aten.any.dims,
+    aten.any.dims: aten.any.dims,
+    aten.all.default: aten.all.dims,
+    aten.all.dims: aten.all.dims,
+    aten.logsumexp.default: aten.logsumexp.default,
+}
+
+
+# A reduction over features reads one row. Over rows as well it is cut in two where op(op(x over
+# features) over rows) is op(x): sums, means (all rows are equally long), extrema, any, all,
+# log-sum-exp. Half precision sums leave the body in float32, as the uncut sum accumulates.
+@_register(
+    "reduction",
+    [
+        *_SPLITS,
+        aten.prod.dim_int,
+        aten.any.dim,
+        aten.all.dim,
+        aten.argmax.default,
+        aten.argmin.default,
+        aten.max.dim,
+        aten.min.dim,
+        aten.median.dim,
+        aten.mode.default,
+        aten.kthvalue.default,
+        aten.var.correction,
+        aten.std.correction,
+        aten.var_mean.correction,
+        aten.linalg_vector_norm.default,
+        aten.count_nonzero.dim_IntList,
+        aten.nansum.default,
+    ],
+)
+def _reduce(walk: Walk, node: fx.Node) -> Result:
+    bound = bind(node)
+    x = walk.row_argument(node, bound["self"])
+    dims = _dims(bound.get("dim"), len(x.is_row))
+    feature_dims = [d for d in dims if not x.is_row[d]]
+    if len(feature_dims) == len(dims):
+        stored = stored_dims(x, dims)
+        takes_list = isinstance(bound.get("dim"), (list, tuple)) or bound.get("dim") is None
+        bound["dim"] = stored if takes_list else stored[0]
+        emitted = walk.emit_bound(node.target, {**bound, "self": x.node})
+        gone = set() if bound.get("keepdim", False) else set(dims)
+        is_row = tuple(row for d, row in enumerate(x.is_row) if d not in gone)
+        return walk.results(node, emitted, is_row, x, [x])
+    if node.target not in _SPLITS:
+        raise Boundary("mixes-rows", f"{node.target} reduces over rows")
+    if not feature_dims:
+        raise Boundary("mixes-rows", f"{node.target} reduces over rows only")
+    inner_target = _SPLITS[node.target]
+    inner: dict[str, Any] = {"self": x.node, "dim": stored_dims(x, feature_dims), "keepdim": True}
+    out, outer_kwargs = node.meta["val"], {}
+    if "dtype" in bound and out.dtype in (torch.float16, torch.bfloat16):
+        inner["dtype"], outer_kwargs = torch.float32, {"dtype": out.dtype}
+    elif bound.get("dtype") is not None:
+        inner["dtype"] = bound["dtype"]
+    shape = tuple(1 if d in feature_dims else s for d, s in enumerate(x.shape))
+    value = RowValue(
+        node=walk.emit_bound(inner_target, inner),
+        is_row=x.is_row,
+        shape=shape,
+        chain=x.chain,
+        heads=x.heads,
+        needs_grad=x.needs_grad and out.is_floating_point(),
+        val=_split_val(x, shape, inner.get("dtype", out.dtype)),
+    )
+    return Split(value, outer_kwargs)
+
+
+def _split_val(x: RowValue, shape: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+    return x.val.new_empty(shape, dtype=dtype)
+
+
+# ---- along features --------------------------------------------------------------------------
+
+
+# A map along one feature dimension (softmax, sort, cumulative sum, top-k) reads one row.
+@_register(
+    "along features",
+    [
+        aten._softmax.default,
+        aten._log_softmax.default,
+        aten.softmax.int,
+        aten.log_softmax.int,
+        aten.cumsum.default,
+        aten.cumprod.default,
+        aten.logcumsumexp.default,
+        aten.sort.default,
+        aten.sort.stable,
+        aten.argsort.default,
+        aten.topk.default,
+    ],
+)
+def _along(walk: Walk, node: fx.Node) -> Result:
+    bound = bind(node)
+    x = walk.row_argument(node, bound["self"])
+    (dim,) = _dims(bound["dim"], len(x.is_row))
+    if x.is_row[dim]:
+        raise Boundary("mixes-rows", f"{node.target} runs along dimension {dim}, which is rows")
+    (bound["dim"],) = stored_dims(x, [dim])
+    emitted = walk.emit_bound(node.target, {**bound, "self": x.node})
+    return walk.results(node, emitted, x.is_row, x, [x])
+
+
+# Flipping or rolling features permutes each row alike.
+@_register("along features", [aten.flip.default, aten.roll.default])
+def _permute_features(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    x = walk.row_argument(node, bound["self"])
+    dims = _dims(bound["dims"], len(x.is_row))
+    if any(x.is_row[d] for d in dims) or (node.target is aten.roll.default and not bound["dims"]):
+        raise Boundary("mixes-rows", f"{node.target} moves rows")
+    bound["dims"] = stored_dims(x, dims)
+    emitted = walk.emit_bound(node.target, {**bound, "self": x.node})
+    return walk.result(node, emitted, x.is_row, x, [x])
+
+
+# Row r of the result picks features of row r by row r's indices.
+@_register("along features", [aten.gather.default])
+def _gather(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    index = bound["index"]
+    like = walk.env.get(bound["self"]) or walk.env.get(index)
+    if not isinstance(like, RowValue):
+        raise Boundary("no-rule", "gather from a value of several parts")
+    (dim,) = _dims(bound["dim"], len(like.is_row))
+    if like.is_row[dim]:
+        raise Boundary("mixes-rows", f"gather runs along dimension {dim}, which is rows")
+    x = walk.aligned_operand(bound["self"], like)
+    picked = walk.aligned_operand(index, like)
+    (stored,) = stored_dims(like, [dim])
+    size = bound["self"].meta["val"].shape[dim]
+    walk.note_index(picked, size, wraps=False, node=node)
+    emitted = walk.emit(aten.gather.default, x, stored, picked)
+    operands = [walk.env[a] for a in (bound["self"], index) if a in walk.env]
+    return walk.result(node, emitted, like.is_row, like, operands)
+
+
+# Row r of the result writes features of row r at row r's indices.
+@_register(
+    "along features",
+    [
+        aten.scatter.value,
+        aten.scatter.src,
+        aten.scatter_add.default,
+        aten.scatter.value_reduce,
+    ],
+)
+def _scatter(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    tensors = [n for n in ("self", "index", "src") if isinstance(bound.get(n), fx.Node)]
+    like = next(walk.env[bound[n]] for n in tensors if bound[n] in walk.env)
+    if not isinstance(like, RowValue):
+        raise Boundary("no-rule", "scatter into a value of several parts")
+    (dim,) = _dims(bound["dim"], len(like.is_row))
+    if like.is_row[dim]:
+        raise Boundary("mixes-rows", f"scatter runs along dimension {dim}, which is rows")
+    size = bound["self"].meta["val"].shape[dim]
+    operands = [walk.env[bound[n]] for n in tensors if bound[n] in walk.env]
+    for name in tensors:
+        bound[name] = walk.aligned_operand(bound[name], like)
+    (bound["dim"],) = stored_dims(like, [dim])
+    walk.note_index(bound["index"], size, wraps=False, node=node)
+    emitted = walk.emit_bound(node.target, bound)
+    return walk.result(node, emitted, like.is_row, like, operands)
+
+
+# The same features are picked from every row.
+@_register("along features", [aten.index_select.default])
+def _index_select(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    x = walk.row_argument(node, bound["self"])
+    (dim,) = _dims(bound["dim"], len(x.is_row))
+    if x.is_row[dim]:
+        row_dim = sum(x.is_row[:dim])
+        return walk.row_op(node, x, aten.index_select.default, (row_dim, bound["index"]), x.is_row)
+    if bound["index"] in walk.env:
+        raise Boundary("no-rule", "features are selected by an index computed from the logits")
+    (stored,) = stored_dims(x, [dim])
+    emitted = walk.emit(aten.index_select.default, x.node, stored, walk.shared(bound["index"]))
+    return walk.result(node, emitted, x.is_row, x, [x])
+
+
+# A slice of features is taken from each row; a slice of rows selects rows.
+@_register("along features", [aten.slice.Tensor])
+def _slice(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    x = walk.row_argument(node, bound["self"])
+    (dim,) = _dims(bound["dim"], len(x.is_row))
+    if same_shape(node.meta["val"].shape, x.shape) and bound["step"] == 1:
+        return x
+    span = (bound["start"], bound["end"], bound["step"])
+    if x.is_row[dim]:
+        return walk.row_op(node, x, aten.slice.Tensor, (sum(x.is_row[:dim]), *span), x.is_row)
+    if any(isinstance(s, fx.Node) for s in span):
+        raise Boundary("no-rule", "a slice of features with symbolic ends")
+    (stored,) = stored_dims(x, [dim])
+    emitted = walk.emit(aten.slice.Tensor, x.node, stored, *span)
+    return walk.result(node, emitted, x.is_row, x, [x])
+
+
+# One feature of each row, or one index along a row dimension.
+@_register("along features", [aten.select.int])
+def _select(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    x = walk.row_argument(node, bound["self"])
+    (dim,) = _dims(bound["dim"], len(x.is_row))
+    is_row = x.is_row[:dim] + x.is_row[dim + 1 :]
+    if x.is_row[dim]:
+        args = (sum(x.is_row[:dim]), bound["index"])
+        return walk.row_op(node, x, aten.select.int, args, is_row)
+    if isinstance(bound["index"], fx.Node):
+        raise Boundary("no-rule", "a feature is selected by a symbolic number")
+    (stored,) = stored_dims(x, [dim])
+    emitted = walk.emit(aten.select.int, x.node, stored, bound["index"])
+    return walk.result(node, emitted, is_row, x, [x])
+
+
+# Features of several values of the same rows, side by side.
+@_register("along features", [aten.cat.default])
+def _cat(walk: Walk, node: fx.Node) -> RowValue:
+    tensors = list(node.args[0])  # type: ignore[arg-type]
+    operands = [walk.env[t] for t in tensors if t in walk.env]
+    like = operands[0]
+    if not all(isinstance(o, RowValue) for o in operands) or not isinstance(like, RowValue):
+        raise Boundary("no-rule", "cat of a value of several parts")
+    (dim,) = _dims(bind(node)["dim"], len(like.is_row))
+    if like.is_row[dim]:
+        raise Boundary("mixes-rows", "rows are concatenated")
+    parts = [walk.aligned_operand(t, like) for t in tensors]
+    emitted = walk.emit(aten.cat.default, parts, stored_dims(like, [dim])[0])
+    return walk.result(node, emitted, like.is_row, like, operands)
+
+
+# Padding features pads each row alike.
+@_register("along features", [aten.constant_pad_nd.default])
+def _pad(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    x = walk.row_argument(node, bound["self"])
+    pad = list(bound["pad"])
+    padded = [len(x.is_row) - 1 - i // 2 for i, p in enumerate(pad) if p != 0]
+    if any(x.is_row[d] for d in padded):
+        raise Boundary("mixes-rows", "rows are padded")
+    by_dim = {len(x.is_row) - 1 - i: pad[2 * i : 2 * i + 2] for i in range(len(pad) // 2)}
+    stored_pad = [
+        p
+        for d in reversed(range(len(x.is_row)))
+        if not x.is_row[d]
+        for p in by_dim.get(d, [0, 0])
+    ]
+    emitted = walk.emit(aten.constant_pad_nd.default, x.node, stored_pad, bound["value"])
+    return walk.result(node, emitted, x.is_row, x, [x])
+
+
+# x[arange(N), labels] is a gather; x[mask] and x[:, positions] select rows; x[..., ids] selects
+# the same features of every row.
+@_register("along features", [aten.index.Tensor])
+def _index(walk: Walk, node: fx.Node) -> RowValue:
+    x = walk.row_argument(node, node.args[0])
+    indices = list(node.args[1])  # type: ignore[arg-type]
+    indices += [None] * (len(x.is_row) - len(indices))
+    if any(i is not None and i in walk.env for i in indices):
+        raise Boundary("no-rule", "indexing by a tensor computed from the logits")
+    used = [d for d, i in enumerate(indices) if i is not None]
+    if all(not x.is_row[d] for d in used):
+        if len(used) > 1 or indices[used[0]].meta["val"].dim() != 1:
+            raise Boundary("no-rule", "features are indexed by several tensors")
+        (stored,) = stored_dims(x, used)
+        args = [None] * stored + [walk.shared(indices[used[0]])]
+        walk.note_index(args[-1], x.shape[used[0]], wraps=True, node=node)
+        emitted = walk.emit(aten.index.Tensor, x.node, args)
+        return walk.result(node, emitted, x.is_row, x, [x])
+    rows_first = x.is_row == tuple(sorted(x.is_row, reverse=True))
+    n_rows = sum(x.is_row)
+    if not rows_first:
+        raise Boundary("misaligned", "rows and features are indexed together")
+    if all(x.is_row[d] for d in used):
+        new_rows = node.meta["val"].dim() - (len(x.is_row) - n_rows)
+        is_row = (True,) * new_rows + x.is_row[n_rows:]
+        return walk.row_op(node, x, aten.index.Tensor, (indices[:n_rows],), is_row)
+    if used != list(range(n_rows + 1)) or not all(
+        _is_iota_of(indices[d], d, x.shape[:n_rows]) for d in range(n_rows)
+    ):
+        raise Boundary("misaligned", "rows and features are indexed together")
+    return _gather_labels(walk, node, x, indices[n_rows])
+
+
+def _gather_labels(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> RowValue:
+    n_rows = sum(x.is_row)
+    labels_val = labels.meta["val"]
+    if labels_val.dtype == torch.bool or labels_val.dim() > n_rows:
+        raise Boundary("misaligned", "labels are not one index per row")
+    rows_layout = (True,) * n_rows
+    picked = walk.outer_operand(labels, rows_layout, x, whole=True)
+    size = x.shape[n_rows]
+    walk.note_index(picked, size, wraps=True, node=node)
+    wrapped = walk.emit(
+        aten.where.self,
+        walk.emit(aten.lt.Scalar, picked, 0),
+        walk.emit(aten.add.Scalar, picked, size),
+        picked,
+    )
+    rest = [1] * (len(x.is_row) - n_rows - 1)
+    wide_index = walk.view(wrapped, [1, *rest])
+    if rest:
+        wide_index = walk.emit(aten.expand.default, wide_index, [-1, 1, *x.features[1:]])
+    gathered = walk.emit(aten.gather.default, x.node, 1, wide_index)
+    emitted = walk.emit(aten.squeeze.dim, gathered, 1)
+    return walk.result(node, emitted, rows_layout + x.is_row[n_rows + 1 :], x, [x])
+
+
+def _is_iota_of(index: fx.Node, dim: int, row_shape: Sequence[Any]) -> bool:
+    """Whether ``index`` is ``arange(row_shape[dim])``, shaped to vary along ``dim`` only."""
+    shape = index.meta["val"].shape
+    position = len(row_shape) - len(shape)
+    for d, size in enumerate(shape):
+        wanted = row_shape[dim] if d + position == dim else 1
+        if not statically_known_true(size == wanted):
+            return False
+    while index.target in (aten.unsqueeze.default, aten.view.default, aten._unsafe_view.default):
+        index = index.all_input_nodes[0]
+    starts: Mapping[Any, tuple[Any, ...]] = {
+        aten.arange.default: (),
+        aten.arange.start: (0,),
+        aten.arange.start_step: (0,),
+    }
+    if index.target not in starts or index.meta["val"].dim() != 1:
+        return False
+    begins = starts[index.target]
+    step = index.args[2] if len(index.args) > 2 else 1
+    return index.args[: len(begins)] == begins and step == 1
+
+
+# ---- products --------------------------------------------------------------------------------
+
+
+# Row r of x @ W is (row r of x) @ W.
+@_register("product", [aten.mm.default, aten.addmm.default, aten.mv.default])
+def _mm(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    addmm = node.target is aten.addmm.default
+    x_arg, w_arg = (bound["mat1"], bound["mat2"]) if addmm else _two(node)
+    if w_arg in walk.env:
+        raise Boundary("mixes-rows", "the product contracts rows")
+    x = walk.env.get(x_arg)
+    if not isinstance(x, RowValue):
+        raise Boundary("no-rule", "the logits are added to an unrelated product")
+    if x.is_row != (True, False):
+        raise Boundary("mixes-rows", "the product contracts rows")
+    weight = walk.shared(w_arg)
+    is_row = (True,) if node.target is aten.mv.default else (True, False)
+    if not addmm:
+        return walk.result(node, walk.emit(node.target, x.node, weight), is_row, x, [x])
+    bias_value = walk.env.get(bound["self"])
+    if isinstance(bias_value, RowValue):
+        common_layout([x, bias_value], 2)
+        bias = pad_features(walk, bias_value, 1)
+    else:
+        bias = walk.outer_operand(bound["self"], is_row, x)
+    emitted = walk.emit_bound(node.target, {**bound, "self": bias, "mat1": x.node, "mat2": weight})
+    operands = [x, *([bias_value] if isinstance(bias_value, RowValue) else [])]
+    return walk.result(node, emitted, is_row, x, operands)
+
+
+# A batch of products, one per row: row r of the result reads row r of both. A product with a
+# batch of one is a plain product.
+@_register("product", [aten.bmm.default])
+def _bmm(walk: Walk, node: fx.Node) -> RowValue:
+    a_arg, b_arg = _two(node)
+    a, b = walk.env.get(a_arg), walk.env.get(b_arg)
+    if isinstance(a, RowValue) and a.is_row == (False, True, False) and not isinstance(b, RowValue):
+        weight = walk.emit(aten.select.int, walk.shared(b_arg), 0, 0)
+        flat = walk.view(a.node, [a.shape[2]])
+        out = walk.view(walk.emit(aten.mm.default, flat, weight), [1, node.meta["val"].shape[2]])
+        return walk.result(node, out, a.is_row, a, [a])
+    per_row = (True, False, False)
+    like = a if isinstance(a, RowValue) else b
+    if not isinstance(like, RowValue) or like.is_row != per_row:
+        raise Boundary("mixes-rows", "the batched product does not keep rows apart")
+    left, right = walk.aligned_operand(a_arg, like), walk.aligned_operand(b_arg, like)
+    operands = [v for v in (a, b) if isinstance(v, RowValue)]
+    return walk.result(node, walk.emit(aten.bmm.default, left, right), per_row, like, operands)
+
+
+# Each row looks its own indices up in a table that all rows share.
+@_register("product", [aten.embedding.default])
+def _embedding(walk: Walk, node: fx.Node) -> RowValue:
+    table, index = node.args[0], node.args[1]
+    value = walk.env.get(index)  # type: ignore[arg-type]
+    if table in walk.env or not isinstance(value, RowValue):
+        raise Boundary("mixes-rows", "the table of an embedding is computed from the logits")
+    emitted = walk.emit(aten.embedding.default, walk.shared(table), value.node)
+    return walk.result(node, emitted, (*value.is_row, False), value, [value])
+
+
+# ---- layout ----------------------------------------------------------------------------------
+
+
+# A view that regroups rows among rows and features among features moves no element to another
+# row.
+@_register(
+    "layout", [aten.view.default, aten._unsafe_view.default, aten.reshape.default]
+)
+def _view(walk: Walk, node: fx.Node) -> RowValue:
+    x = walk.row_argument(node, node.args[0])
+    shape = tuple(node.meta["val"].shape)
+    is_row = match_view(x, shape)
+    if is_row is None:
+        raise Boundary("mixes-rows", f"a view of {list(x.shape)} as {list(shape)} mixes rows")
+    features = [s for s, row in zip(shape, is_row, strict=True) if not row]
+    emitted = x.node
+    if not same_shape(features, x.features):
+        emitted = walk.view(x.node, features)
+    return walk.result(node, emitted, is_row, x, [x])
+
+
+# A dimension of size one holds no rows.
+@_register("layout", [aten.unsqueeze.default])
+def _unsqueeze(walk: Walk, node: fx.Node) -> RowValue:
+    x = walk.row_argument(node, node.args[0])
+    dim = int(node.args[1])  # type: ignore[call-overload, arg-type]
+    dim = dim + len(x.is_row) + 1 if dim < 0 else dim
+    emitted = walk.emit(aten.unsqueeze.default, x.node, 1 + sum(not r for r in x.is_row[:dim]))
+    is_row = (*x.is_row[:dim], False, *x.is_row[dim:])
+    return walk.result(node, emitted, is_row, x, [x])
+
+
+# As above, the other way round; row dimensions never have static size one here.
+@_register("layout", [aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default])
+def _squeeze(walk: Walk, node: fx.Node) -> RowValue:
+    x = walk.row_argument(node, node.args[0])
+    dims = _dims(bind(node).get("dim"), len(x.is_row))
+    gone = [d for d in dims if not x.is_row[d] and statically_known_true(x.shape[d] == 1)]
+    if not gone:
+        return x
+    emitted = walk.emit(aten.squeeze.dims, x.node, stored_dims(x, gone))
+    is_row = tuple(r for d, r in enumerate(x.is_row) if d not in gone)
+    return walk.result(node, emitted, is_row, x, [x])
+
+
+# Exchanging a row with a feature dimension changes how the user sees the value, not the value;
+# exchanging features permutes each row alike; exchanging rows reorders the rows.
+@_register("layout", [aten.permute.default, aten.transpose.int, aten.t.default])
+def _permute(walk: Walk, node: fx.Node) -> RowValue:
+    x = walk.row_argument(node, node.args[0])
+    order = list(range(len(x.is_row)))
+    if node.target is aten.permute.default:
+        order = _dims(node.args[1], len(order))
+    elif len(order) == 2 or node.target is aten.transpose.int:
+        a, b = (0, 1) if node.target is aten.t.default else _dims(node.args[1:], len(order))
+        order[a], order[b] = order[b], order[a]
+    is_row = tuple(x.is_row[d] for d in order)
+    row_order = [sum(x.is_row[:d]) for d in order if x.is_row[d]]
+    feature_order = stored_dims(x, [d for d in order if not x.is_row[d]])
+    emitted = x.node
+    if feature_order != sorted(feature_order):
+        emitted = walk.emit(aten.permute.default, x.node, [0, *feature_order])
+    if row_order == sorted(row_order):
+        return walk.result(node, emitted, is_row, x, [x])
+    return walk.row_op(node, x, aten.permute.default, (row_order,), is_row, emitted)
+
+
+# Repeating features repeats them in every row.
+@_register("layout", [aten.expand.default])
+def _expand(walk: Walk, node: fx.Node) -> RowValue:
+    x = walk.row_argument(node, node.args[0])
+    shape = tuple(node.meta["val"].shape)
+    is_row = (False,) * (len(shape) - len(x.is_row)) + x.is_row
+    features = [s for s, row in zip(shape, is_row, strict=True) if not row]
+    if any(not isinstance(f, int) for f in features):
+        raise Boundary("no-rule", "an expansion of symbolic size")
+    emitted = pad_features(walk, x, len(features))
+    if not same_shape(features, x.features):
+        emitted = walk.emit(aten.expand.default, emitted, [-1, *features])
+    return walk.result(node, emitted, is_row, x, [x])
+
+
+# ---- helpers ---------------------------------------------------------------------------------
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """A node's arguments by name, defaults included."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound = {
+        arg.name: (arg.default_value if arg.has_default_value() else None)
+        for arg in schema.arguments
+    }
+    bound.update(zip(bound, node.args, strict=False))
+    bound.update(node.kwargs)
+    return bound
+
+
+def stored_dims(x: RowValue, dims: Iterable[int]) -> list[int]:
+    """Positions in ``[rows, *features]`` of a value's feature dimensions."""
+    return [1 + sum(not row for row in x.is_row[:d]) for d in dims]
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are provably equal."""
+    return len(a) == len(b) and all(
+        statically_known_true(i == j) for i, j in zip(a, b, strict=True)
+    )
+
+
+def common_layout(operands: Sequence[RowValue], ndim: int) -> tuple[bool, ...]:
+    """The layout of a pointwise result, if all operands have the same rows in the same places.
+
+    Raises:
+        Boundary: ``misaligned``.
+    """
+    first = operands[0]
+    layouts = [(False,) * (ndim - len(o.is_row)) + o.is_row for o in operands]
+    for operand, layout in zip(operands, layouts, strict=True):
+        if layout != layouts[0] or not same_shape(operand.row_shape, first.row_shape):
+            shapes = " and ".join(str(list(o.shape)) for o in operands)
+            raise Boundary("misaligned", f"rows of shapes {shapes} do not line up")
+        if operand.chain != first.chain:
+            raise Boundary("misaligned", "two different selections of rows are combined")
+    return layouts[0]
+
+
+def pad_features(walk: Walk, x: RowValue, features: int) -> fx.Node:
+    """``x`` with leading features of size one, so that it broadcasts against ``features``."""
+    missing = features - len(x.features)
+    return walk.view(x.node, [*[1] * missing, *x.features]) if missing else x.node
+
+
+def match_view(x: RowValue, shape: Sequence[Any]) -> tuple[bool, ...] | None:
+    """Which dimensions of a view are rows; None if some would hold rows and features.
+
+    Runs of row dimensions and runs of feature dimensions are matched from the left by their
+    products. Dimensions of size one belong to any run and count as features.
+    """
+    runs: list[list[Any]] = []
+    for size, row in zip(x.shape, x.is_row, strict=True):
+        if not row and statically_known_true(size == 1):
+            continue
+        if runs and runs[-1][0] == row:
+            runs[-1][1] *= size
+        else:
+            runs.append([row, size])
+    is_row: list[bool] = []
+    dims = list(shape)
+    for row, size in runs:
+        taken: list[Any] = []
+        while not (taken and statically_known_true(prod(taken) == size)):
+            if not dims:
+                return None
+            dim = dims.pop(0)
+            unit = statically_known_true(dim == 1)
+            is_row.append(row and not unit)
+            if not unit:
+                taken.append(dim)
+    if any(not statically_known_true(d == 1) for d in dims):
+        return None
+    return tuple(is_row + [False] * len(dims))
+
+
+def _dims(dims: Any, ndim: int) -> list[int]:
+    """Normalised dimensions; None and the empty list mean all of them."""
+    if isinstance(dims, int):
+        dims = [dims]
+    if dims is None or len(dims) == 0:
+        return list(range(ndim))
+    return [int(d) % ndim for d in dims]
+
+
+def _two(node: fx.Node) -> tuple[Any, Any]:
+    bound = list(bind(node).values())
+    return bound[0], bound[1]
+
+

@@ -1,0 +1,333 @@
+"""The values that flow from stage to stage; frozen, no behaviour beyond small derived facts.
+
+Terms
+    head        a linear layer whose output is much larger than its input: the candidate.
+    row         one token: every dimension of the logits but the vocabulary, flattened.
+    wide        a value with about as many features a row as the logits have.
+    narrow      a value with far fewer features a row (a log-probability, a top-5).
+    body        the graph of one region on ``[rows, *features]`` tensors, any number of rows.
+    outer       everything that stays in the user's graph.
+    boundary    an op that touches rows (a sum over tokens): the body ends before it.
+    tail        the outer nodes that depend on the body's outputs, down to the loss.
+    cotangent   the derivative of the loss with respect to a body's output, one per output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+#: A value is narrow if its features per row are at most this share of the logits'.
+NARROW = 8
+
+#: Every code a refusal can carry, and what it tells the user. The docs' table is made of this.
+REFUSAL_CODES: Mapping[str, str] = {
+    "small": "The logits take fewer bytes than `min_bytes`; chunking would not pay.",
+    "single-row": "The head is applied to one row; there is nothing to chunk.",
+    "feeds-layer": "The wide output feeds another layer (an MLP's or attention's projection), "
+    "so it is not a head whose output is reduced.",
+    "not-reduced": "The graph never reduces the logits to a few numbers per row: they are only "
+    "returned, or nothing uses them.",
+    "mixes-rows": "An op on the logits mixes rows (a softmax over the batch, a sort across "
+    "tokens, a cumulative sum over time), so no chunk of rows can compute it alone.",
+    "no-rule": "No rule states that this op treats rows independently.",
+    "misaligned": "An op combines the logits with a tensor whose rows are not theirs: another "
+    "order, another selection or another number of rows.",
+    "two-pass": "An op on the logits needs a number that is itself computed from all the logits.",
+    "random": "The op draws random numbers; a chunk would draw others.",
+    "mutation": "A tensor that the head's computation reads is modified in place.",
+    "higher-order": "The head is inside a higher-order op (`torch.cond`, `while_loop`, "
+    "`torch.utils.checkpoint`) or its output enters one.",
+    "custom-function": "The logits enter a custom autograd Function or a custom operator.",
+    "not-fusable": 'The option `strategy="fused"` was given, but the loss is not affine in the '
+    "per-row values, or they reach more than one loss; their gradients are not known in advance.",
+    "unsupported-graph": "The graph has a construct that cannot be lowered to ATen ops here.",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a head was left alone.
+
+    Attributes:
+        code: A key of :data:`REFUSAL_CODES`.
+        op: The op that ended the analysis, as the user would write it.
+        detail: One sentence with the particulars.
+        source: ``file:line`` and the code there, the user's own, empty where unknown.
+    """
+
+    code: str
+    op: str
+    detail: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code not in REFUSAL_CODES:
+            raise KeyError(f"no refusal code {self.code!r}")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A head found in the Dynamo graph.
+
+    Attributes:
+        node: The linear's node.
+        x, weight, bias: Nodes of its operands.
+        weight_layout: ``"VH"`` (``F.linear``) or ``"HV"`` (``x @ W``).
+        rows: Number of rows, an int or a SymInt.
+        in_features, out_features: H and V.
+        logits_bytes: Bytes of the output in its own dtype, from size hints.
+        source: The user's line.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    weight_layout: str
+    rows: int | torch.SymInt
+    in_features: int
+    out_features: int
+    logits_bytes: int
+    source: str
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The candidates' cones as one functional ATen graph.
+
+    Attributes:
+        graph: Placeholders are the cone's inputs; outputs the cone's values that the Dynamo
+            graph returns. Every node has ``meta["val"]`` (a fake tensor or a number).
+        inputs: The Dynamo node of each placeholder.
+        outputs: The Dynamo node of each output.
+        heads: The candidate of each head's ``mm``/``addmm`` node.
+        needs_grad: Nodes through which a gradient flows.
+        cone: The Dynamo nodes that this graph replaces.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    heads: Mapping[fx.Node, Candidate]
+    needs_grad: frozenset[fx.Node]
+    cone: frozenset[fx.Node]
+
+
+@dataclass(frozen=True, eq=False)
+class RowOp:
+    """A selection or reordering of rows: applied to the body's inputs instead of the logits.
+
+    Compared by identity (a SymInt has no hash); a walk makes equal ones the same object.
+
+    Attributes:
+        target: The ATen op. Its first argument is ``[*in_shape, *features]``.
+        args: Its other arguments, in terms of row dimensions; tensors are lowered nodes.
+        in_shape: Row shape before.
+        out_shape: Row shape after.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    in_shape: tuple[int | torch.SymInt, ...]
+    out_shape: tuple[int | torch.SymInt, ...]
+
+
+@dataclass(frozen=True)
+class RowValue:
+    """A value inside a body: ``[rows, *features]`` there, something else to the user.
+
+    Attributes:
+        node: Its node in the body's graph.
+        is_row: For each of the user's dimensions, whether it is a row dimension. Dimensions of
+            static size 1 are always features. Features are stored in the user's order.
+        shape: The user's shape.
+        chain: The row ops that led from the head's rows to these.
+        heads: The heads it was computed from.
+        needs_grad: Whether a gradient flows through it.
+        val: A fake tensor with its dtype and device.
+    """
+
+    node: fx.Node
+    is_row: tuple[bool, ...]
+    shape: tuple[int | torch.SymInt, ...]
+    chain: tuple[RowOp, ...]
+    heads: frozenset[str]
+    needs_grad: bool
+    val: torch.Tensor
+
+    @property
+    def rows(self) -> int | torch.SymInt:
+        return prod(self.row_shape)
+
+    @property
+    def row_shape(self) -> tuple[int | torch.SymInt, ...]:
+        return tuple(s for s, row in zip(self.shape, self.is_row, strict=True) if row)
+
+    @property
+    def features(self) -> tuple[int | torch.SymInt, ...]:
+        return tuple(s for s, row in zip(self.shape, self.is_row, strict=True) if not row)
+
+
+@dataclass(frozen=True)
+class RowInput:
+    """A row-aligned input of a body: a lowered node, and how its dimensions lie to the rows.
+
+    Attributes:
+        source: The lowered (outer) node.
+        is_row: The layout of the value it met, as ``RowValue.is_row``; the source is aligned
+            from the right, as broadcasting does.
+        row_shape: The rows it is expanded to.
+        chain: The row ops already applied when it was met.
+    """
+
+    source: fx.Node
+    is_row: tuple[bool, ...]
+    row_shape: tuple[int | torch.SymInt, ...]
+    chain: tuple[RowOp, ...]
+
+
+@dataclass(frozen=True)
+class IndexCheck:
+    """Indices that come from the user and pick a feature: checked before the loop.
+
+    Attributes:
+        graph: Computes them from ``row_inputs``, ``[rows, ...]``.
+        row_inputs: Positions in the region's row inputs.
+        size: Number of features they may address.
+        wraps: Whether negative indices count from the end.
+        source: The user's line.
+    """
+
+    graph: fx.GraphModule
+    row_inputs: tuple[int, ...]
+    size: int
+    wraps: bool
+    source: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """Heads and row-parallel ops that run chunk by chunk as one loop.
+
+    Attributes:
+        name: ``region0``, …
+        body: Placeholders are the row inputs, then the shared inputs; returns the outputs.
+        row_inputs: ``[rows, *features]`` each, once prepared by the rewrite.
+        shared_inputs: Lowered nodes passed whole to every chunk (weights, biases, scalars).
+        outputs: One value of each body output (several may share a body node, as views do).
+        chain: The row ops to apply to the row inputs.
+        heads: Names of the heads inside.
+        checks: Index ranges to verify.
+        row_grads, shared_grads: Positions of the inputs that need a gradient.
+        rows: Number of rows.
+        wide_features: Elements per row of the widest value.
+        wide_itemsize: Bytes per element of the widest value's chunk buffer.
+        saved_bytes: Bytes of the logits at full size (hinted), for the report.
+    """
+
+    name: str
+    body: fx.GraphModule
+    row_inputs: tuple[RowInput, ...]
+    shared_inputs: tuple[fx.Node, ...]
+    outputs: tuple[RowValue, ...]
+    chain: tuple[RowOp, ...]
+    heads: frozenset[str]
+    checks: tuple[IndexCheck, ...]
+    row_grads: tuple[int, ...]
+    shared_grads: tuple[int, ...]
+    rows: int | torch.SymInt
+    wide_features: int
+    wide_itemsize: int
+    saved_bytes: int
+
+    @property
+    def grad_outputs(self) -> tuple[int, ...]:
+        """Positions of the outputs that carry a gradient."""
+        if not self.row_grads and not self.shared_grads:
+            return ()
+        return tuple(i for i, out in enumerate(self.outputs) if out.needs_grad)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A reduction over rows *and* features, cut in two: features in the body, rows outside.
+
+    The outer op is the user's own, with its first argument replaced.
+
+    Attributes:
+        inner: The body's part: features reduced with ``keepdim=True``.
+        kwargs: Keyword arguments the outer op gets in addition.
+    """
+
+    inner: RowValue
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """The outcome of lifting: the regions, or per head the reason why not.
+
+    Attributes:
+        regions: Zero or more regions; together they hold every head that was not refused.
+        refusals: By head name.
+        values: The body value of each lowered node that the outer graph reads from a region.
+        splits: Tail nodes whose first argument is replaced by a region's output.
+        tail: Lowered nodes outside of the regions that depend on their outputs, in order.
+        deferred: Lowered outputs that are wide: the logits themselves, returned to the user.
+    """
+
+    regions: tuple[Region, ...]
+    refusals: Mapping[str, Refusal]
+    values: Mapping[fx.Node, RowValue]
+    splits: Mapping[fx.Node, Split]
+    tail: tuple[fx.Node, ...]
+    deferred: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """Known in advance: the loss is affine in a region's outputs.
+
+    Attributes:
+        loss: The lowered node of the scalar that all gradients of the region pass through.
+        graph: Computes the cotangents of the region's differentiable outputs, at an upstream
+            gradient of one, from ``inputs``.
+        inputs: Lowered nodes, none of which depends on a region.
+    """
+
+    loss: fx.Node
+    graph: fx.GraphModule
+    inputs: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a region runs.
+
+    Attributes:
+        strategy: ``"fused"``, ``"recompute"`` or ``"forward"`` (no gradient wanted).
+        chunk_rows: Rows of a chunk, at most.
+        num_chunks: Number of chunks at the hinted number of rows.
+        chunk_bytes: Estimated bytes of one chunk's logits and gradient.
+        accumulate_dtype: The dtype shared gradients are summed in; None decides by their number.
+        dynamic: Whether the number of rows is symbolic.
+        why: Why this strategy, for the report.
+    """
+
+    strategy: str
+    chunk_rows: int
+    num_chunks: int
+    chunk_bytes: int
+    accumulate_dtype: torch.dtype | None
+    dynamic: bool
+    why: str = ""
