@@ -6,6 +6,7 @@
 from autochunk.backend import FallbackWarning, autochunk
 from autochunk.config import OptionError, Options, options
 from autochunk.deferred import DeferredTensor, StaleError
+from autochunk.explain import Explanation, explain
 from autochunk.report import Report, Row
 from autochunk.types import REFUSAL_CODES, Refusal
 from autochunk.version import __version__
@@ -13,6 +14,7 @@ from autochunk.version import __version__
 __all__ = [
     "REFUSAL_CODES",
     "DeferredTensor",
+    "Explanation",
     "FallbackWarning",
     "OptionError",
     "Options",
@@ -22,5 +24,6 @@ __all__ = [
     "StaleError",
     "__version__",
     "autochunk",
+    "explain",
     "options",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
@@ -117,15 +118,19 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclass
-class Collector:
-    """Receives the reports of the graphs compiled while it is active."""
-
-    reports: list[Report] = field(default_factory=list)
-
-
-_collectors: list[Collector] = []
+_collectors: list[list[Report]] = []
 _graphs = 0
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list[Report]]:
+    """A list that receives the reports of the graphs compiled inside the block."""
+    reports: list[Report] = []
+    _collectors.append(reports)
+    try:
+        yield reports
+    finally:
+        _collectors.remove(reports)
 
 
 def next_graph() -> int:
@@ -138,7 +143,7 @@ def next_graph() -> int:
 def publish(report: Report, debug: bool) -> None:
     """Hands a report to active collectors and to the log."""
     for collector in _collectors:
-        collector.reports.append(report)
+        collector.append(report)
     logger.log(logging.WARNING if debug else logging.INFO, "%s", report)
 
 

@@ -353,9 +353,8 @@ class _Writer:
     def _cotangents(self, known: Cotangents) -> list[fx.Node]:
         """Inlines the graph that computes a region's cotangents."""
         placeholders = [n for n in known.graph.graph.nodes if n.op == "placeholder"]
-        n_outputs = len(placeholders) - len(known.inputs)
         env: dict[fx.Node, Any] = {}
-        for placeholder, node in zip(placeholders[n_outputs:], known.inputs, strict=True):
+        for placeholder, node in zip(placeholders[known.first :], known.inputs, strict=False):
             if any(not is_size(user) for user in placeholder.users):
                 env[placeholder] = self._get(node)
 

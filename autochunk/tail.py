@@ -42,11 +42,11 @@ def cotangents(lowered: Lowered, lifted: Lifted, region: Region) -> Cotangents |
         if any(not is_size(user) for user in placeholder.users):
             return "the loss is not affine in its per-row values"
     dependent = set(lifted.tail) | set(lifted.values)
-    by_name = [p for p in graph.graph.nodes if p.op == "placeholder"][len(region.outputs) :]
-    for placeholder, node in zip(by_name, inputs, strict=True):
+    given = [p for p in graph.graph.nodes if p.op == "placeholder"][len(region.outputs) :]
+    for placeholder, node in zip(given, inputs, strict=False):
         if node in dependent and any(not is_size(user) for user in placeholder.users):
             return "its cotangents depend on the values of another region"
-    return Cotangents(loss=loss, graph=graph, inputs=tuple(inputs))
+    return Cotangents(loss, graph, first=len(region.outputs), inputs=tuple(inputs))
 
 
 def belongs(value: RowValue, region: Region) -> bool:
@@ -154,9 +154,17 @@ def _trace_vjp(
                 inputs[arg] = None
     stored = [_stored_fake(value) for value in region.outputs]
     grad_outputs = region.grad_outputs
+    # Symbolic sizes in the trace are arguments, so that the tracer knows them.
+    sizes: dict[str, Any] = {}
+    seen = [*region.outputs, *(v for v in lifted.values.values() if belongs(v, region))]
+    for value in seen:
+        for size in (*value.row_shape, value.rows, *value.features):
+            if isinstance(size, torch.SymInt):
+                sizes[str(size)] = size
 
     def vjp(*args: Any) -> list[torch.Tensor]:
-        outputs, given = args[: len(stored)], args[len(stored) :]
+        outputs, given = args[: len(stored)], args[len(stored) :][: len(inputs)]
+        sized = dict(zip(sizes, args[len(stored) + len(inputs) :], strict=True))
         env: dict[fx.Node, Any] = dict(zip(inputs, given, strict=True))
         with torch.enable_grad():
             leaves = [
@@ -166,7 +174,7 @@ def _trace_vjp(
             def read(value: RowValue) -> torch.Tensor:
                 index = output_index(value, region)
                 assert index is not None
-                out = to_logical(leaves[index], value)
+                out = _to_logical(leaves[index], value, sized)
                 return out if value.needs_grad else out.detach()
 
             for node in nodes:
@@ -189,7 +197,7 @@ def _trace_vjp(
             for g, leaf in zip(found, wanted, strict=True)
         ]
 
-    fakes = [*stored, *(node.meta["val"] for node in inputs)]
+    fakes = [*stored, *(node.meta["val"] for node in inputs), *sizes.values()]
     fake_mode = next(f.fake_mode for f in fakes if isinstance(f, FakeTensor))
     with fake_mode, enable_python_dispatcher(), torch._C._DisableAutocast():
         graph = make_fx(vjp, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
@@ -203,9 +211,10 @@ def map_args(args: Any, env: dict[fx.Node, Any]) -> Any:
     return fx.map_arg(args, env.__getitem__)
 
 
-def to_logical(stored: torch.Tensor, value: RowValue) -> torch.Tensor:
-    """``[rows, *features]`` → the user's shape."""
-    out = stored.view([*value.row_shape, *value.features])
+def _to_logical(stored: torch.Tensor, value: RowValue, sizes: dict[str, Any]) -> torch.Tensor:
+    """``[rows, *features]`` → the user's shape; symbolic sizes are looked up by their text."""
+    shape = [sizes.get(str(s), s) for s in (*value.row_shape, *value.features)]
+    out = stored.view(shape)
     order = logical_order(value.is_row)
     return out if order == sorted(order) else out.permute(order)
 

@@ -301,12 +301,14 @@ class Cotangents:
     Attributes:
         loss: The lowered node of the scalar that all gradients of the region pass through.
         graph: Computes the cotangents of the region's differentiable outputs, at an upstream
-            gradient of one, from ``inputs``.
+            gradient of one. Placeholders: the region's outputs (unused), ``inputs``, sizes.
+        first: Position of the first of ``inputs`` among the placeholders.
         inputs: Lowered nodes, none of which depends on a region.
     """
 
     loss: fx.Node
     graph: fx.GraphModule
+    first: int
     inputs: tuple[fx.Node, ...]
 
 
