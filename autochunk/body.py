@@ -2,10 +2,13 @@
 
     1. Trace value and vjp of the body through autograd, with the chunk's shape.
     2. Run Inductor's joint-graph passes, as AOTAutograd would.
-    3. Peel: a gradient of a shared input that ends in a matrix product leaves the graph as its two
-       factors, so that the loop can add the product into one accumulator in place.
-    4. Compile with Inductor. One kernel serves all chunks; a symbolic number of rows is compiled
-       once for all numbers of rows.
+    3. Peel the matrix products off, so that the loop does them in place:
+         first    a product of two inputs (the head) fills the chunk's one logits buffer;
+         last     a gradient that ends in a product leaves the graph as its two factors, and a
+                  factor of the buffer's shape and dtype overwrites the buffer.
+       What is left is row-wise work that reads the logits and writes their gradient over them.
+    4. Compile it with Inductor. One kernel serves all chunks; a symbolic number of rows is
+       compiled once for all numbers of rows.
 
 All of this happens while the backend runs: autograd and the compiler cannot be entered from
 inside the op that runs the loop.
@@ -84,17 +87,33 @@ class BodySpec:
 
 
 @dataclass(frozen=True)
-class SharedGrad:
-    """Where a kernel leaves a shared input's gradient.
+class Factor:
+    """A tensor the loop has at hand, possibly transposed.
 
     Attributes:
-        terms: Positions in the kernel's results: one for a partial gradient to be added, two for
-            the factors ``a @ b`` of one.
-        transposed: For each term, whether its transpose is the gradient.
+        kind: ``"input"`` (row inputs, then shared inputs), ``"buffer"`` or ``"result"``.
+        index: Position among those.
+        transposed: Whether its transpose is meant.
     """
 
-    terms: tuple[tuple[int, ...], ...]
-    transposed: tuple[bool, ...]
+    kind: str
+    index: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Head:
+    """A product of inputs that fills a buffer before the kernel runs: ``bias + a @ b``."""
+
+    a: Factor
+    b: Factor
+    bias: Factor | None
+    features: int
+    dtype: torch.dtype
+
+
+#: A gradient as a sum of terms: one factor to be added as it is, or two to be multiplied.
+Gradient = tuple[tuple[Factor, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -102,17 +121,19 @@ class Kernel:
     """A compiled chunk.
 
     Attributes:
-        run: Takes row inputs, shared inputs and cotangents of one chunk, returns the results.
-        values: Whether the results begin with the outputs.
-        row_grads: Positions of the row gradients in the results.
-        shared_grads: Where the shared gradients are.
+        run: Takes row inputs, shared inputs, cotangents and buffers of one chunk, returns the
+            results.
+        values: Number of outputs of the region, which the results begin with.
+        heads: Products that fill the buffers.
+        row_grads, shared_grads: How to make the gradients.
         graph: The graph that was compiled, for the debug directory.
     """
 
     run: Callable[[list[Any]], Sequence[torch.Tensor]]
-    values: bool
-    row_grads: tuple[int, ...]
-    shared_grads: tuple[SharedGrad, ...]
+    values: int
+    heads: tuple[Head, ...]
+    row_grads: tuple[Gradient, ...]
+    shared_grads: tuple[Gradient, ...]
     graph: str
 
 
@@ -139,16 +160,19 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool) -> Kernel:
                 tracing_mode="real",
             )(*inputs)
         gm = joint_graph_passes(gm)
+        _simplify(gm)
         n_values = len(spec.outputs) if values else 0
         n_row_grads = len(spec.row_grads) if grads else 0
-        shared_grads = _peel(gm, n_values + n_row_grads)
+        heads, gradients = _peel(gm, len(spec.rows) + len(spec.shared), n_values)
+        inputs = [p.meta["val"] for p in gm.graph.nodes if p.op == "placeholder"]
         graph = gm.print_readable(print_output=False)
         run = compile_fx_inner(gm, inputs)
     return Kernel(
         run=run,
-        values=values,
-        row_grads=tuple(range(n_values, n_values + n_row_grads)),
-        shared_grads=shared_grads,
+        values=n_values,
+        heads=heads,
+        row_grads=gradients[:n_row_grads],
+        shared_grads=gradients[n_row_grads:],
         graph=graph,
     )
 
@@ -209,6 +233,26 @@ def _function(spec: BodySpec, *, values: bool, grads: bool) -> Callable[..., lis
     return function
 
 
+def _one_hot(index: torch.Tensor, dim: int, size: int, n_dims: int) -> torch.Tensor:
+    shape = [1] * n_dims
+    shape[dim] = size
+    # int32 lanes match float32 ones, which halves the cost of the comparison.
+    iota = torch.arange(size, device=index.device, dtype=torch.int32).view(shape)
+    return iota == index.to(torch.int32)
+
+
+def _fits(x: torch.Tensor, dim: int, *others: torch.Tensor) -> bool:
+    """Whether few indices per row are used, one for each place of all other dimensions."""
+    rest = [d for d in range(x.dim()) if d != dim]
+    index = others[0]
+    return (
+        x.dim() > 0
+        and isinstance(index.shape[dim], int)
+        and index.shape[dim] <= _MAX_COMPARED
+        and all(o.shape[d] == x.shape[d] for d in rest for o in others)
+    )
+
+
 def _scatter_add(
     x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor
 ) -> torch.Tensor:
@@ -217,68 +261,217 @@ def _scatter_add(
     ``x + Σ_j where(iota == index[:, j], src[:, j], 0)``; without it Inductor keeps a chunk-sized
     buffer of zeros to scatter into.
     """
-    dim = dim % x.dim() if x.dim() else 0
-    others = [d for d in range(x.dim()) if d != dim]
-    if (
-        x.dim() == 0
-        or not isinstance(index.shape[dim], int)
-        or index.shape[dim] > _MAX_COMPARED
-        or any(index.shape[d] != x.shape[d] or src.shape[d] != x.shape[d] for d in others)
-    ):
+    dim = dim % max(x.dim(), 1)
+    if not _fits(x, dim, index, src):
         return NotImplemented
-    shape = [1] * x.dim()
-    shape[dim] = x.shape[dim]
-    iota = torch.arange(x.shape[dim], device=x.device).view(shape)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
     for j in range(index.shape[dim]):
-        picked, value = index.narrow(dim, j, 1), src.narrow(dim, j, 1)
-        x = x + torch.where(iota == picked, value, torch.zeros((), dtype=x.dtype, device=x.device))
+        hot = _one_hot(index.narrow(dim, j, 1), dim, x.shape[dim], x.dim())
+        x = x + torch.where(hot, src.narrow(dim, j, 1), zero)
     return x
 
 
-_DECOMPOSITIONS = {aten.scatter_add.default: _scatter_add}
+def _gather(
+    x: torch.Tensor, dim: int, index: torch.Tensor, sparse_grad: bool = False
+) -> torch.Tensor:
+    """A gather of one index per row as a masked sum, on the CPU.
+
+    It reads each element where it stands, so that the logits can be overwritten by their
+    gradient in the same kernel. The indices have been checked before the loop. Sums of one
+    number and zeros are exact. On CUDA the gather stays, and with it the device's assertion.
+    """
+    dim = dim % max(x.dim(), 1)
+    if x.device.type != "cpu" or not x.is_floating_point() or not _fits(x, dim, index):
+        return NotImplemented
+    if index.shape[dim] != 1:
+        return NotImplemented
+    hot = _one_hot(index, dim, x.shape[dim], x.dim())
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    return torch.where(hot, x, zero).sum(dim, keepdim=True, dtype=x.dtype)
 
 
-# ---- peeling ---------------------------------------------------------------------------------
+_DECOMPOSITIONS = {aten.scatter_add.default: _scatter_add, aten.gather.default: _gather}
 
 
-def _peel(gm: fx.GraphModule, first: int) -> tuple[SharedGrad, ...]:
-    """Replaces the graph's results from ``first`` on by the factors they are products of."""
+# ---- the traced graph ------------------------------------------------------------------------
+
+
+def _simplify(gm: fx.GraphModule) -> None:
+    """``sum(where(iota == index, value, 0))`` → ``value``, as every index is in range.
+
+    It comes from ``log_softmax``'s derivative, which sums the gradient of the gather.
+    """
+    for node in list(gm.graph.nodes):
+        if node.target is not aten.sum.dim_IntList or len(node.args) < 3 or not node.args[2]:
+            continue
+        where, dims = node.args[0], node.args[1]
+        if where.target is not aten.where.self or len(dims) != 1:
+            continue
+        hot, value, zero = where.args
+        if not _is_one_hot(hot, dims[0]) or not _is_zero(zero):
+            continue
+        if tuple(value.meta["val"].shape) != tuple(node.meta["val"].shape):
+            continue
+        if value.meta["val"].dtype != node.meta["val"].dtype:
+            continue
+        node.replace_all_uses_with(value)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _is_one_hot(node: fx.Node, dim: int) -> bool:
+    if node.target is not aten.eq.Tensor:
+        return False
+    iota, index = node.args[0], node.args[1]
+    ndim = node.meta["val"].dim()
+    dim = dim % ndim
+    if index.meta["val"].dim() != ndim or index.meta["val"].shape[dim] != 1:  # type: ignore[union-attr]
+        return False
+    while iota.target in (aten.view.default, aten.reshape.default, aten.unsqueeze.default):  # type: ignore[union-attr]
+        iota = iota.args[0]  # type: ignore[union-attr]
+    if iota.target is not torch.ops.prims.iota.default:  # type: ignore[union-attr]
+        return False
+    starts = iota.kwargs.get("start"), iota.kwargs.get("step")  # type: ignore[union-attr]
+    return starts == (0, 1) and iota.args[0] == node.meta["val"].shape[dim]  # type: ignore[union-attr]
+
+
+def _is_zero(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.full.default and node.args[1] == 0
+
+
+def _peel(
+    gm: fx.GraphModule, n_inputs: int, n_values: int
+) -> tuple[tuple[Head, ...], tuple[Gradient, ...]]:
+    """Takes the first and last products out of the graph (step 3 above)."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = {node: i for i, node in enumerate(placeholders[:n_inputs])}
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     results = list(output.args[0])  # type: ignore[arg-type]
-    kept, peeled = results[:first], []
-    for result in results[first:]:
-        terms, transposed = [], []
-        for product, is_transposed in _products(result):
-            if product is None:
-                terms.append((len(kept),))
-                kept.append(result)
-            else:
-                terms.append((len(kept), len(kept) + 1))
-                kept.extend(product)
-            transposed.append(is_transposed)
-        peeled.append(SharedGrad(tuple(terms), tuple(transposed)))
+    heads, buffers = _peel_heads(gm, placeholders[-1], inputs)
+    kept = results[:n_values]
+    overwritten: dict[fx.Node, fx.Node] = {}
+
+    def factor(node: fx.Node) -> Factor:
+        base, transposed = _strip_transposes(node)
+        if base in inputs:
+            return Factor("input", inputs[base], transposed)
+        if base in buffers:
+            free = base
+        elif base in overwritten:
+            return Factor("buffer", list(buffers).index(overwritten[base]), transposed)
+        else:
+            free = _free_buffer(base, buffers, overwritten)
+            if free is not None:
+                overwritten[base] = free
+                return Factor("buffer", list(buffers).index(free), transposed)
+            if base not in kept:
+                kept.append(base)
+            return Factor("result", kept.index(base), transposed)
+        return Factor("result", _kept_copy(gm, output, kept, free), transposed)
+
+    gradients = tuple(
+        tuple(tuple(factor(part) for part in term) for term in _terms(result))
+        for result in results[n_values:]
+    )
+    with gm.graph.inserting_before(output):
+        for value, buffer in overwritten.items():
+            gm.graph.call_function(aten.copy_.default, (buffer, value)).meta = dict(value.meta)
     output.args = (tuple(kept),)
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    return tuple(peeled)
+    return heads, gradients
 
 
-def _products(node: fx.Node) -> list[tuple[tuple[fx.Node, fx.Node] | None, bool]]:
-    """``node`` as a sum of matrix products and their transposes, or one term None: itself."""
+def _kept_copy(
+    gm: fx.GraphModule, output: fx.Node, kept: list[fx.Node], buffer: fx.Node
+) -> int:
+    """The logits themselves are a factor: a copy of them leaves, as the buffer is overwritten."""
+    with gm.graph.inserting_before(output):
+        copied = gm.graph.call_function(aten.clone.default, (buffer,))
+        copied.meta = dict(buffer.meta)
+    kept.append(copied)
+    return len(kept) - 1
+
+
+def _peel_heads(
+    gm: fx.GraphModule, last: fx.Node, inputs: Mapping[fx.Node, int]
+) -> tuple[tuple[Head, ...], dict[fx.Node, Head]]:
+    """Turns products of inputs into buffers, which are new placeholders."""
+    buffers: dict[fx.Node, Head] = {}
+    for node in list(gm.graph.nodes):
+        if node.target is aten.mm.default:
+            bias, (a, b) = None, node.args
+        elif node.target is aten.addmm.default and not node.kwargs and node.args[0] in inputs:
+            bias, a, b = node.args
+        else:
+            continue
+        (a_base, a_t), (b_base, b_t) = _strip_transposes(a), _strip_transposes(b)
+        if a_base not in inputs or b_base not in inputs:
+            continue
+        head = Head(
+            a=Factor("input", inputs[a_base], a_t),
+            b=Factor("input", inputs[b_base], b_t),
+            bias=None if bias is None else Factor("input", inputs[bias]),
+            features=node.meta["val"].shape[1],
+            dtype=node.meta["val"].dtype,
+        )
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(f"buffer{len(buffers)}")
+        last.meta = dict(node.meta)
+        buffers[last] = head
+        node.replace_all_uses_with(last)
+        gm.graph.erase_node(node)
+    return tuple(buffers.values()), buffers
+
+
+def _free_buffer(
+    node: fx.Node, buffers: Mapping[fx.Node, Head], overwritten: Mapping[fx.Node, fx.Node]
+) -> fx.Node | None:
+    """A buffer of a node's shape and dtype that nothing has been assigned to."""
+    val = node.meta["val"]
+    for buffer in buffers:
+        like = buffer.meta["val"]
+        if (
+            buffer not in overwritten.values()
+            and val.dtype == like.dtype
+            and val.dim() == 2
+            and str(tuple(val.shape)) == str(tuple(like.shape))
+        ):
+            return buffer
+    return None
+
+
+def _terms(node: fx.Node) -> list[tuple[fx.Node, ...]]:
+    """``node`` as a sum of products, a product as its two factors in order."""
     if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
         left, right = node.args
         if isinstance(left, fx.Node) and isinstance(right, fx.Node):
-            terms = [*_products(left), *_products(right)]
-            if all(product is not None for product, _ in terms):
+            terms = [*_terms(left), *_terms(right)]
+            if all(len(term) == 2 for term in terms):
                 return terms
-    transposed, inner = False, node
-    while inner.target in (aten.t.default, aten.permute.default, aten.transpose.int):
-        if inner.meta["val"].dim() != 2:
+    base, transposed = _strip_transposes(node)
+    if base.target is not aten.mm.default:
+        return [(node,)]
+    a, b = base.args
+    if not transposed:
+        return [(a, b)]  # type: ignore[list-item]
+    return [(_transpose(b), _transpose(a))]  # type: ignore[arg-type]
+
+
+def _transpose(node: fx.Node) -> fx.Node:
+    with node.graph.inserting_after(node):
+        made = node.graph.call_function(aten.permute.default, (node, [1, 0]))
+    made.meta = {"val": node.meta["val"].t()}
+    return made
+
+
+def _strip_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The node under transposes of matrices, and whether it is transposed in the end."""
+    transposed = False
+    while node.target in (aten.t.default, aten.permute.default, aten.transpose.int):
+        if node.meta["val"].dim() != 2:
             break
-        if inner.target is not aten.permute.default or list(inner.args[1]) == [1, 0]:  # type: ignore[arg-type]
+        if node.target is not aten.permute.default or list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
             transposed = not transposed
-        inner = inner.args[0]  # type: ignore[assignment]
-    if inner.target is aten.mm.default:
-        a, b = inner.args
-        return [((a, b), transposed)]  # type: ignore[list-item]
-    return [(None, False)]
+        node = node.args[0]  # type: ignore[assignment]
+    return node, transposed

@@ -10,8 +10,8 @@ from autochunk.config import Options
 from autochunk.find import hint
 from autochunk.types import Cotangents, Plan, Region
 
-#: Bytes one chunk's logits and their gradient may take where the user does not say.
-DEFAULT_BUDGET = 256 * 2**20
+#: Bytes one chunk's logits may take where the user does not say; their gradient overwrites them.
+DEFAULT_BUDGET = 128 * 2**20
 
 #: Up to this many additions are made in a half precision weight gradient's own dtype: the
 #: rounding of k partial sums adds about k/2 times the variance of the final rounding, which the
@@ -33,7 +33,7 @@ def plan(
         wanted: Whether a gradient can come back into the region at all.
     """
     rows = max(1, hint(region.rows))
-    row_bytes = 2 * region.wide_features * region.wide_itemsize
+    row_bytes = region.wide_features * region.wide_itemsize
     if options.chunk_rows is not None:
         chunk = options.chunk_rows
     elif options.num_chunks is not None:

@@ -13,7 +13,7 @@ because it runs the backend first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,7 +21,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from autochunk.body import MIN_SYMBOLIC_ROWS, BodySpec, Kernel, SharedGrad
+from autochunk.body import (
+    MIN_SYMBOLIC_ROWS,
+    BodySpec,
+    Factor,
+    Gradient,
+    Head,
+    Kernel,
+    TensorSpec,
+)
 from autochunk.plan import accumulate_dtype
 from autochunk.types import IndexCheck
 
@@ -49,6 +57,9 @@ class Loop:
     __weakref__: Any = field(init=False, repr=False, compare=False)
 
 
+#: Rows of a weight gradient's tile, where a product cannot be added in place.
+_TILE_ROWS = 8192
+
 REGIONS: WeakValueDictionary[str, Loop] = WeakValueDictionary()
 
 
@@ -75,88 +86,130 @@ def run_loop(
     spec = loop.spec
     total = rows[0].shape[0]
     check_indices(loop, rows)
-    n_values = len(spec.outputs) if kernel.values else 0
-    outputs = [
-        torch.empty((total, *s.sizes), dtype=s.dtype, device=s.device)
-        for s in (
-            *spec.outputs[:n_values],
-            *(spec.rows[i] for i in spec.row_grads if kernel.row_grads),
-        )
-    ]
     rows = [r.contiguous() for r in rows]
     cotangents = [c.contiguous() for c in cotangents]
     shared = [_as_expected(t, s) for t, s in zip(shared, spec.shared, strict=True)]
     size, starts = _chunks(total, spec)
+    outputs = [_empty(total, s) for s in spec.outputs[: kernel.values]]
+    row_grads = [_empty(total, spec.rows[i]) for i in spec.row_grads if kernel.row_grads]
     sums = [
-        _Sum(grad, spec.shared[i], accumulate_dtype(spec.shared[i].dtype, len(starts), loop.accumulate))
+        _Sum(grad, spec.shared[i], len(starts), loop.accumulate)
         for grad, i in zip(kernel.shared_grads, spec.shared_grads, strict=False)
+    ]
+    buffers = [
+        torch.empty((size, head.features), dtype=head.dtype, device=spec.device)
+        for head in kernel.heads
+        if total
     ]
     done = 0
     for start in starts:
         begin = min(start, max(total - size, 0))
-        fresh = done - begin  # rows of this chunk that the one before has done already
+        end = min(begin + size, total)
+        fresh = slice(done - begin, end - begin)  # rows of the chunk no earlier one has done
         part = [_cut(t, begin, size) for t in rows]
         weights = [_cut(t, begin, size) for t in cotangents]
-        padding = size - (min(begin + size, total) - begin)
-        if weights and (fresh or padding):
-            weights = [w.clone() for w in weights]
-            for w in weights:
-                w[:fresh].zero_()
-                if padding:
-                    w[size - padding :].zero_()
-        end = begin + size - padding
-        results = kernel.run([*part, *shared, *weights])
+        if fresh != slice(0, size):
+            weights = [_zero_outside(w, fresh) for w in weights]
+        inputs = [*part, *shared]
+        for head, buffer in zip(kernel.heads, buffers, strict=True):
+            _fill(head, inputs, buffer)
+        results = kernel.run([*inputs, *weights, *buffers])
+        at_hand = {"input": inputs, "buffer": buffers, "result": results}
         for out, result in zip(outputs, results, strict=False):
-            out[done:end].copy_(result[fresh : size - padding])
-        for total_ in sums:
-            total_.add(results)
-        del results
+            out[done:end].copy_(result[fresh])
+        for out, gradient in zip(row_grads, kernel.row_grads, strict=True):
+            _write_rows(out[done:end], gradient, at_hand, fresh, size)
+        for shared_sum in sums:
+            shared_sum.add(at_hand)
+        del results, at_hand
         done = end
-    return [*outputs, *(s.finish() for s in sums)]
+    return [*outputs, *row_grads, *(s.finish() for s in sums)]
+
+
+def _fill(head: Head, inputs: Sequence[Tensor], buffer: Tensor) -> None:
+    a, b = (_take(f, {"input": inputs}) for f in (head.a, head.b))
+    if head.bias is None:
+        torch.mm(a, b, out=buffer)
+    else:
+        torch.addmm(inputs[head.bias.index], a, b, out=buffer)
+
+
+def _take(factor: Factor, at_hand: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    tensor = at_hand[factor.kind][factor.index]
+    return tensor.t() if factor.transposed else tensor
+
+
+def _write_rows(
+    out: Tensor, gradient: Gradient, at_hand: Mapping[str, Sequence[Tensor]], fresh: slice, size: int
+) -> None:
+    """Writes a row gradient where it belongs; a whole chunk's product without a temporary."""
+    whole = out.shape[0] == size and out.dim() == 2
+    for n, term in enumerate(gradient):
+        factors = [_take(f, at_hand) for f in term]
+        if len(factors) == 1:
+            out.copy_(factors[0][fresh]) if n == 0 else out.add_(factors[0][fresh])
+        elif not whole:
+            product = torch.mm(*factors)[fresh].view(out.shape)
+            out.copy_(product) if n == 0 else out.add_(product)
+        elif n == 0:
+            torch.mm(*factors, out=out)
+        else:
+            out.addmm_(*factors)
 
 
 class _Sum:
     """A shared gradient, summed over chunks in place."""
 
-    def __init__(self, grad: SharedGrad, like: Any, dtype: torch.dtype) -> None:
-        self.grad = grad
+    def __init__(
+        self, gradient: Gradient, like: TensorSpec, chunks: int, requested: torch.dtype | None
+    ) -> None:
+        self.gradient = gradient
         self.like = like
-        self.dtype = dtype
+        self.dtype = accumulate_dtype(like.dtype, chunks * len(gradient), requested)
         self.out: Tensor | None = None
 
-    def add(self, results: Sequence[Tensor]) -> None:
-        for term, transposed in zip(self.grad.terms, self.grad.transposed, strict=True):
-            factors = [results[i] for i in term]
-            if transposed and len(factors) == 2:
-                factors = [factors[1].t(), factors[0].t()]
+    def add(self, at_hand: Mapping[str, Sequence[Tensor]]) -> None:
+        for term in self.gradient:
+            factors = [_take(f, at_hand) for f in term]
+            first = self.out is None
             if self.out is None:
-                self.out = self._first(factors)
-            elif len(factors) == 1:
-                self.out.add_(factors[0])
-            elif factors[0].dtype == self.dtype:
-                self.out.addmm_(*factors)
+                self.out = torch.empty(self.like.sizes, dtype=self.dtype, device=self.like.device)
+            if len(factors) == 1:
+                self.out.copy_(factors[0]) if first else self.out.add_(factors[0])
+            elif factors[0].dtype != self.dtype:
+                _add_tiled(self.out, factors[0], factors[1], first)
+            elif first:
+                torch.mm(*factors, out=self.out)
             else:
-                self.out.add_(_mm(factors, self.dtype))
+                self.out.addmm_(*factors)
 
     def finish(self) -> Tensor:
         if self.out is None:
             return torch.zeros(self.like.sizes, dtype=self.like.dtype, device=self.like.device)
         return self.out if self.out.dtype == self.like.dtype else self.out.to(self.like.dtype)
 
-    def _first(self, factors: Sequence[Tensor]) -> Tensor:
-        out = torch.empty(self.like.sizes, dtype=self.dtype, device=self.like.device)
-        if len(factors) == 1:
-            return out.copy_(factors[0])
-        if factors[0].dtype == self.dtype:
-            return torch.mm(*factors, out=out)
-        return out.copy_(_mm(factors, self.dtype))
+
+def _add_tiled(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``out += a @ b`` with a wider ``out``, without a temporary of its size.
+
+    cuBLAS can write a float32 product of half precision factors; elsewhere each tile's product is
+    rounded once before it is added.
+    """
+    wide = out.is_cuda and out.dtype == torch.float32 and a.dtype in (torch.half, torch.bfloat16)
+    for start in range(0, out.shape[0], _TILE_ROWS):
+        tile, left = out[start : start + _TILE_ROWS], a[start : start + _TILE_ROWS]
+        product = torch.mm(left, b, out_dtype=out.dtype) if wide else torch.mm(left, b)
+        tile.copy_(product) if first else tile.add_(product)
 
 
-def _mm(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """A product of half precision factors, in float32 where the device's library can do that."""
-    if factors[0].is_cuda and dtype == torch.float32:
-        return torch.mm(*factors, out_dtype=dtype)  # type: ignore[call-overload]
-    return torch.mm(*factors)
+def _empty(total: int, spec: TensorSpec) -> Tensor:
+    return torch.empty((total, *spec.sizes), dtype=spec.dtype, device=spec.device)
+
+
+def _zero_outside(weights: Tensor, fresh: slice) -> Tensor:
+    kept = torch.zeros_like(weights)
+    kept[fresh] = weights[fresh]
+    return kept
 
 
 def _chunks(total: int, spec: BodySpec) -> tuple[int, range]:
