@@ -19,7 +19,7 @@ from autochunk.body import BodySpec, TensorSpec
 from autochunk.config import OptionError, Options
 from autochunk.deferred import defer
 from autochunk.donation import donation_aware
-from autochunk.find import find, hint, op_name, source_line
+from autochunk.find import find, op_name, source_line
 from autochunk.lift import lift, row_input_features
 from autochunk.lower import lower, refuse_to_lower
 from autochunk.plan import plan
@@ -169,18 +169,19 @@ def _schedule(
 
 
 def _spec(region: Region, decided: Plan, options: Options) -> BodySpec:
+    # int() specialises a symbolic size: everything but the rows is static in a kernel.
     rows = []
     for spec in region.row_inputs:
         val = spec.source.meta["val"]
-        sizes = tuple(hint(f) for f in row_input_features(spec))
+        sizes = tuple(int(f) for f in row_input_features(spec))
         rows.append(TensorSpec(sizes, (), val.dtype, val.device))
     shared = []
     for node in region.shared_inputs:
         val = node.meta["val"]
-        sizes = tuple(hint(s) for s in val.shape)
-        shared.append(TensorSpec(sizes, tuple(hint(s) for s in val.stride()), val.dtype, val.device))
+        sizes, strides = tuple(map(int, val.shape)), tuple(map(int, val.stride()))
+        shared.append(TensorSpec(sizes, strides, val.dtype, val.device))
     outputs = tuple(
-        TensorSpec(tuple(hint(f) for f in o.features), (), o.val.dtype, o.val.device)
+        TensorSpec(tuple(int(f) for f in o.features), (), o.val.dtype, o.val.device)
         for o in region.outputs
     )
     grads = decided.strategy != "forward"

@@ -195,6 +195,9 @@ def _refuse_at_a_glance(candidate: Candidate, min_bytes: int) -> Refusal | None:
         )
     if isinstance(candidate.rows, int) and candidate.rows == 1:
         return Refusal("single-row", op_name(candidate.node), "one row of logits", candidate.source)
+    if not _has_static_features(candidate.weight):
+        detail = "the weight has a symbolic size and is no parameter"
+        return Refusal("dynamic-features", op_name(candidate.node), detail, candidate.source)
     layer = _layer_fed_by(candidate.node)
     if layer is not None:
         return Refusal(
@@ -204,6 +207,18 @@ def _refuse_at_a_glance(candidate: Candidate, min_bytes: int) -> Refusal | None:
             source_line(layer),
         )
     return None
+
+
+def _has_static_features(weight: fx.Node) -> bool:
+    """Whether a weight's sizes are numbers, or may be specialised to the numbers they have.
+
+    A parameter's may: its shape does not change from call to call.
+    """
+    val = fake(weight)
+    assert isinstance(val, torch.Tensor)
+    if not any(isinstance(size, torch.SymInt) for size in val.shape):
+        return True
+    return weight.op == "placeholder" and val.is_leaf and val.requires_grad
 
 
 def _layer_fed_by(head: fx.Node) -> fx.Node | None:

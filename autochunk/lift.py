@@ -26,7 +26,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autochunk.find import hint, op_name, source_line
-from autochunk.rules import Boundary, aten, bind, rule_for, same_shape
+from autochunk.rules import Boundary, aten, bind, rule_for, same_rows, same_shape, same_size
 from autochunk.types import (
     NARROW,
     IndexCheck,
@@ -382,7 +382,7 @@ class Walk:
         for d in range(pad, len(is_row)):
             size = val.shape[d - pad]
             if is_row[d] and not statically_known_true(size == 1):
-                if not statically_known_true(size == row_sizes[d]):
+                if not same_size(size, row_sizes[d]):
                     raise Boundary(
                         "misaligned",
                         f"an operand of shape {list(val.shape)} does not line up with "
@@ -402,7 +402,7 @@ class Walk:
             if (
                 value.is_row != like.is_row
                 or value.chain != like.chain
-                or not same_shape(value.row_shape, like.row_shape)
+                or not same_rows(value.row_shape, like.row_shape)
             ):
                 raise Boundary("misaligned", "operands of different rows are combined")
             return value.node
@@ -410,7 +410,7 @@ class Walk:
         if val.dim() != len(like.is_row):
             raise Boundary("misaligned", "operands of different rank are combined")
         sizes = [s for s, row in zip(val.shape, like.is_row, strict=True) if row]
-        if not same_shape(sizes, like.row_shape):
+        if not same_rows(sizes, like.row_shape):
             raise Boundary("misaligned", f"{list(val.shape)} does not have the logits' rows")
         return self._row_input(RowInput(arg, like.is_row, like.row_shape, like.chain))
 
@@ -480,7 +480,7 @@ def _region(name: str, walk: Walk, outputs: Sequence[RowValue]) -> Region:
     rows = [p for p in walk.row_inputs if p in needed]
     shared = [p for p in walk.shared_inputs if p in needed]
     body = _subgraph(walk.body, [*rows, *shared], [value.node for value in outputs])
-    grads = walk.lowered.needs_grad
+    grads = _differentiated(walk, outputs)
     heads = frozenset().union(*(value.heads for value in outputs))
     candidates = [c for c in walk.heads.values() if c.name in heads]
     chain = outputs[0].chain
@@ -496,13 +496,27 @@ def _region(name: str, walk: Walk, outputs: Sequence[RowValue]) -> Region:
         chain=chain,
         heads=heads,
         checks=tuple(_checks(walk, rows, needed)),
-        row_grads=tuple(i for i, p in enumerate(rows) if walk.row_inputs[p].source in grads),
-        shared_grads=tuple(i for i, p in enumerate(shared) if walk.shared_inputs[p] in grads),
+        row_grads=tuple(i for i, p in enumerate(rows) if p in grads),
+        shared_grads=tuple(i for i, p in enumerate(shared) if p in grads),
         rows=n_rows,
         wide_features=sum(c.out_features for c in candidates),
         wide_itemsize=head_node.meta["val"].element_size(),
         saved_bytes=sum(c.logits_bytes for c in candidates),
     )
+
+
+def _differentiated(walk: Walk, outputs: Sequence[RowValue]) -> set[fx.Node]:
+    """Inputs of the body that need a gradient and are connected to an output that has one."""
+    stack = [value.node for value in outputs if value.needs_grad]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in seen and node.target is not aten.detach.default:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    needed = walk.lowered.needs_grad
+    rows = {p for p, spec in walk.row_inputs.items() if spec.source in needed}
+    return seen & (rows | {p for p, source in walk.shared_inputs.items() if source in needed})
 
 
 def _checks(walk: Walk, rows: Sequence[fx.Node], needed: set[fx.Node]) -> list[IndexCheck]:

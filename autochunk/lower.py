@@ -102,10 +102,12 @@ def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
     heads = {c.node: c for c in candidates}
     cone = cone_of(graph, list(heads))
     cone_set = frozenset(cone)
+    repeated = _index_ranges(graph) - cone_set
+    run_here = cone_set | repeated
     inputs = tuple(
         node
         for node in graph.nodes
-        if node not in cone_set and any(user in cone_set for user in node.users)
+        if node not in run_here and any(user in run_here for user in node.users)
     )
     (output_node,) = (n for n in graph.nodes if n.op == "output")
     outputs = tuple(n for n in output_node.all_input_nodes if n in cone_set)
@@ -121,7 +123,7 @@ def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
                 _EXIT_AUTOCAST(contexts.pop(node.args[0]))
             elif node.target is _SET_GRAD:
                 grad_enabled = bool(node.args[0])
-            elif node in cone_set:
+            elif node in run_here:
                 with _source_of(node, heads):
                     value = _call(node, env, heads)
                     if not grad_enabled:
@@ -158,6 +160,24 @@ def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
         needs_grad=_needs_grad(lowered.graph, fakes),
         cone=cone_set,
     )
+
+
+def _index_ranges(graph: fx.Graph) -> set[fx.Node]:
+    """``arange`` calls and their views.
+
+    They are repeated inside the cone, where ``logp[arange(N), labels]`` can be seen to be a
+    gather.
+    """
+    ranges: set[fx.Node] = set()
+    views = {"getitem", "unsqueeze", "view", "reshape"}
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and isinstance(fake(node), torch.Tensor):
+            tensors = [a for a in node.all_input_nodes if isinstance(fake(a), torch.Tensor)]
+            is_range = node.target is torch.arange and not tensors
+            is_view = op_name(node) in views and tensors and all(t in ranges for t in tensors)
+            if is_range or is_view:
+                ranges.add(node)
+    return ranges
 
 
 def uses_autocast(graph: fx.Graph) -> bool:

@@ -471,9 +471,10 @@ def _is_iota_of(index: fx.Node, dim: int, row_shape: Sequence[Any]) -> bool:
     position = len(row_shape) - len(shape)
     for d, size in enumerate(shape):
         wanted = row_shape[dim] if d + position == dim else 1
-        if not statically_known_true(size == wanted):
+        if not same_size(size, wanted):
             return False
-    while index.target in (aten.unsqueeze.default, aten.view.default, aten._unsafe_view.default):
+    views = (aten.unsqueeze.default, aten.view.default, aten._unsafe_view.default)
+    while index.target in views or _is_whole_slice(index):
         index = index.all_input_nodes[0]
     starts: Mapping[Any, tuple[Any, ...]] = {
         aten.arange.default: (),
@@ -485,6 +486,12 @@ def _is_iota_of(index: fx.Node, dim: int, row_shape: Sequence[Any]) -> bool:
     begins = starts[index.target]
     step = index.args[2] if len(index.args) > 2 else 1
     return index.args[: len(begins)] == begins and step == 1
+
+
+def _is_whole_slice(node: fx.Node) -> bool:
+    if node.target is not aten.slice.Tensor:
+        return False
+    return same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)  # type: ignore[union-attr]
 
 
 # ---- products --------------------------------------------------------------------------------
@@ -658,6 +665,26 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     )
 
 
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal, as far as this compilation is concerned.
+
+    Sizes that are symbolic and happen to be equal are made so: Dynamo then guards on it, and
+    compiles anew for other inputs.
+    """
+    if statically_known_true(a == b):
+        return True
+    symbolic = [s for s in (a, b) if isinstance(s, torch.SymInt)]
+    if not symbolic or any(s.node.hint is None for s in symbolic):
+        return False
+    hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in (a, b)]
+    return hints[0] == hints[1] and bool(a == b)
+
+
+def same_rows(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two row shapes are equal, as :func:`same_size`."""
+    return len(a) == len(b) and all(same_size(i, j) for i, j in zip(a, b, strict=True))
+
+
 def common_layout(operands: Sequence[RowValue], ndim: int) -> tuple[bool, ...]:
     """The layout of a pointwise result, if all operands have the same rows in the same places.
 
@@ -667,7 +694,7 @@ def common_layout(operands: Sequence[RowValue], ndim: int) -> tuple[bool, ...]:
     first = operands[0]
     layouts = [(False,) * (ndim - len(o.is_row)) + o.is_row for o in operands]
     for operand, layout in zip(operands, layouts, strict=True):
-        if layout != layouts[0] or not same_shape(operand.row_shape, first.row_shape):
+        if layout != layouts[0] or not same_rows(operand.row_shape, first.row_shape):
             shapes = " and ".join(str(list(o.shape)) for o in operands)
             raise Boundary("misaligned", f"rows of shapes {shapes} do not line up")
         if operand.chain != first.chain:

@@ -28,21 +28,32 @@ def differentiable_outputs(lowered: Lowered, lifted: Lifted, region: Region) -> 
 
 
 def cotangents(lowered: Lowered, lifted: Lifted, region: Region) -> Cotangents | str:
-    """The region's cotangents as a graph of outer values, or one sentence why there is none."""
-    loss = _common_scalar(lowered, lifted, region)
-    if loss is None:
-        return "its per-row values reach more than one differentiable output"
+    """The region's cotangents as a graph of outer values, or one sentence why there is none.
+
+    Of the scalars that all gradients pass through, the last one is taken that is affine in the
+    outputs: the more of the tail is inside, the nearer are the cotangents to those that the
+    unchunked model has (with all rows ignored they are 0, where 0 × the gradient of 0/0 is not).
+    """
+    reason = "its per-row values reach more than one differentiable output"
+    for loss in reversed(_common_scalars(lowered, lifted, region)):
+        known = _cotangents_at(loss, lifted, region)
+        if isinstance(known, Cotangents):
+            return known
+        reason = known
+    return reason
+
+
+def _cotangents_at(loss: fx.Node, lifted: Lifted, region: Region) -> Cotangents | str:
     nodes = _between(lifted, region, loss)
     try:
         graph, inputs = _trace_vjp(lifted, region, loss, nodes)
     except Exception as error:  # a tail autograd cannot trace is simply not known in advance
         return f"the derivative of the loss could not be traced ({error})"
-    outputs = [p for p in graph.graph.nodes if p.op == "placeholder"][: len(region.outputs)]
-    for placeholder in outputs:
-        if any(not is_size(user) for user in placeholder.users):
-            return "the loss is not affine in its per-row values"
+    placeholders = [p for p in graph.graph.nodes if p.op == "placeholder"]
+    outputs, given = placeholders[: len(region.outputs)], placeholders[len(region.outputs) :]
+    if any(not is_size(user) for placeholder in outputs for user in placeholder.users):
+        return "the loss is not affine in its per-row values"
     dependent = set(lifted.tail) | set(lifted.values)
-    given = [p for p in graph.graph.nodes if p.op == "placeholder"][len(region.outputs) :]
     for placeholder, node in zip(given, inputs, strict=False):
         if node in dependent and any(not is_size(user) for user in placeholder.users):
             return "its cotangents depend on the values of another region"
@@ -106,8 +117,9 @@ def _reached(
     return found
 
 
-def _common_scalar(lowered: Lowered, lifted: Lifted, region: Region) -> fx.Node | None:
-    """The first scalar through which every gradient path of the region passes."""
+def _common_scalars(lowered: Lowered, lifted: Lifted, region: Region) -> list[fx.Node]:
+    """The scalars through which every gradient path of the region passes, in order."""
+    found = []
     for node in lifted.tail:
         val = node.meta.get("val")
         if (
@@ -116,8 +128,8 @@ def _common_scalar(lowered: Lowered, lifted: Lifted, region: Region) -> fx.Node 
             and statically_known_true(val.numel() == 1)
             and not _reached(lowered, lifted, region, without=node)
         ):
-            return node
-    return None
+            found.append(node)
+    return found
 
 
 def _between(lifted: Lifted, region: Region, loss: fx.Node) -> list[fx.Node]:

@@ -1,0 +1,115 @@
+"""Compares a compiled function with eager, both against float64.
+
+The rule, for values and for each gradient: the error against float64 may be twice that of the
+unchunked run in the same dtype, plus a floor of a few roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+FLOOR = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.bfloat16: 4e-3,
+    torch.float16: 1e-3,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Outputs of a function and the gradients of its inputs."""
+
+    outputs: tuple[torch.Tensor, ...]
+    gradients: tuple[torch.Tensor | None, ...]
+
+
+def run(function: Callable[..., Any], inputs: Sequence[Any]) -> Outcome:
+    """Calls a function and differentiates the sum of its differentiable outputs.
+
+    Each output is weighted differently, so that an upstream gradient of one is not assumed.
+    """
+    leaves = [_leaf(t) for t in inputs]
+    result = function(*leaves)
+    outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+    # Deterministic upstream gradients, the same for each dtype.
+    total = None
+    for i, out in enumerate(o for o in outputs if o.requires_grad):
+        weight = torch.linspace(0.5, 1.5, max(out.numel(), 1), dtype=torch.float64)
+        if out.numel() == 1:
+            weight = torch.tensor([1.7 + i], dtype=torch.float64)
+        term = (out * weight.view(out.shape).to(out)).sum()
+        total = term if total is None else total + term
+    if total is not None:
+        total.backward()
+    gradients = tuple(t.grad if isinstance(t, torch.Tensor) else None for t in leaves)
+    return Outcome(tuple(o.detach() for o in outputs), gradients)
+
+
+def widened(inputs: Sequence[Any]) -> list[Any]:
+    """The same numbers in float64."""
+    return [
+        t.detach().double().requires_grad_(t.requires_grad)
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+        else t
+        for t in inputs
+    ]
+
+
+def check(actual: Outcome, baseline: Outcome, exact: Outcome, dtype: torch.dtype) -> None:
+    """Asserts that ``actual`` is about as good as ``baseline``."""
+    assert len(actual.outputs) == len(baseline.outputs)
+    for i, triple in enumerate(
+        zip(actual.outputs, baseline.outputs, exact.outputs, strict=True)
+    ):
+        _check_one(f"output {i}", *triple, dtype)
+    for i, triple in enumerate(
+        zip(actual.gradients, baseline.gradients, exact.gradients, strict=True)
+    ):
+        if triple[1] is None:
+            assert triple[0] is None, f"gradient {i} should not exist"
+            continue
+        assert triple[0] is not None, f"gradient {i} is missing"
+        _check_one(f"gradient {i}", *triple, dtype)
+
+
+def error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """Distance from ``exact``, relative to its norm."""
+    norm = exact.double().norm().item()
+    return (value.double() - exact.double()).norm().item() / (norm or 1.0)
+
+
+def _check_one(
+    name: str,
+    actual: torch.Tensor,
+    baseline: torch.Tensor,
+    exact: torch.Tensor,
+    dtype: torch.dtype,
+) -> None:
+    assert actual.shape == baseline.shape, f"{name}: {actual.shape} is not {baseline.shape}"
+    assert actual.dtype == baseline.dtype, f"{name}: {actual.dtype} is not {baseline.dtype}"
+    if not actual.is_floating_point():
+        assert torch.equal(actual, baseline), f"{name}: {actual} is not {baseline}"
+        return
+    finite = exact.isfinite()
+    assert torch.equal(finite, actual.isfinite()), f"{name}: not finite in the same places"
+    if not finite.all():
+        assert torch.equal(actual.isnan(), exact.isnan()), f"{name}: nan in other places"
+        actual, baseline, exact = actual[finite], baseline[finite], exact[finite]
+    ours, theirs = error(actual, exact), error(baseline, exact)
+    assert ours <= 2 * theirs + FLOOR[dtype], f"{name}: error {ours:.2e}, unchunked {theirs:.2e}"
+
+
+def _leaf(t: Any) -> Any:
+    if not isinstance(t, torch.Tensor):
+        return t
+    # Keeps strides: a transposed weight stays one.
+    made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) if t.numel() else t.clone()
+    if t.numel():
+        made.copy_(t.detach())
+    return made.requires_grad_(t.requires_grad)

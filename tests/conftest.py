@@ -1,0 +1,43 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+import autochunk.backend
+import autochunk.body
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    """Dynamo remembers compiled code per function; tests must not see each other's."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_codegen(monkeypatch):
+    """Runs the compiled graphs op by op: everything of ours is exercised, C++ is not compiled.
+
+    A table of a hundred cases takes a second each this way; what Inductor makes of the graphs is
+    tested by the cases marked for it and by the other test files.
+    """
+
+    def outer(gm, example_inputs, config_patches=None):
+        return aot_eager(gm, example_inputs)
+
+    def inner(gm, example_inputs):
+        def run(args):
+            return gm(*args)
+
+        return run
+
+    monkeypatch.setattr(autochunk.backend, "compile_fx", outer)
+    monkeypatch.setattr(autochunk.body, "compile_fx_inner", inner)
+    autochunk.runtime.REGIONS.clear()
+    yield
+    autochunk.runtime.REGIONS.clear()
