@@ -1,120 +1,45 @@
 """Deferred logits: a tensor that is computed when somebody uses it.
 
 A model that returns its logits next to its loss gets a :class:`DeferredTensor` in their place.
-Metadata (shape, dtype, device, strides) is free. Anything else, by anyone, materialises the value
-first, once: a plain tensor with a ``grad_fn``, equal to what the model would have returned.
+Reading its metadata (shape, dtype, device) costs nothing. Its first use computes the value, and
+**from then on the same Python object is an ordinary** ``torch.Tensor``, as if the model had
+returned it.
+
+Terms
+    formula     how the value is computed: a graph of ATen ops and its inputs, kept alive.
+    plain       the value's ordinary tensor. Its place in the autograd graph is final from the
+                start; until the value is there, its storage holds one element.
+    wrapper     the tensor without storage that users hold, an identity of ``plain`` to autograd.
+
+How each caller gets the value
+    Python          ``__torch_function__`` computes it and swaps the wrapper's innards for
+                    ``plain``'s before the function runs.
+    C++             (custom autograd Functions, TorchScript, extensions) has recorded the wrapper
+                    in the autograd graph already, whose gradient flows on to ``plain``;
+                    ``__torch_dispatch__`` then puts the value in its place.
+    torch.compile   sees a traceable wrapper subclass with one inner tensor, the value. Its guards
+                    read that tensor, so it is computed when a compiled function is entered.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.overrides
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._guards import TracingContext
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class StaleError(RuntimeError):
     """A deferred tensor was used after one of its inputs had been modified in place."""
-
-
-class DeferredTensor(Tensor):
-    """A tensor whose value is computed on first use.
-
-    Attributes of the metadata, ``repr`` of nothing and ``is_deferred`` are free; every other use
-    goes to :meth:`materialize`'s result.
-    """
-
-    _compute: Callable[[], Tensor] | None
-    _value: Tensor | None
-    _lock: threading.Lock
-    _needs_grad: bool
-
-    @staticmethod
-    def __new__(
-        cls,
-        compute: Callable[[], Tensor],
-        shape: Sequence[int],
-        strides: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        requires_grad: bool,
-    ) -> DeferredTensor:
-        made = Tensor._make_wrapper_subclass(
-            cls, shape, strides=strides, dtype=dtype, device=device, requires_grad=False
-        )
-        made._compute = compute
-        made._value = None
-        made._lock = threading.Lock()
-        made._needs_grad = requires_grad
-        return made
-
-    def materialize(self) -> Tensor:
-        """The value as a plain tensor; computed at the first call.
-
-        Raises:
-            StaleError: if an input was modified in place since.
-        """
-        with self._lock:
-            if self._value is None:
-                assert self._compute is not None
-                self._value = self._compute()
-                self._compute = None
-            return self._value
-
-    @property
-    def is_deferred(self) -> bool:
-        """Whether the value has not been computed yet."""
-        return self._value is None
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _FREE:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func is Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
-            return args[0]._needs_grad
-        args, kwargs = pytree.tree_map_only(
-            DeferredTensor, DeferredTensor.materialize, (args, kwargs)
-        )
-        return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """For callers that bypass ``__torch_function__``: right values, or a clear error.
-
-        Below autograd a materialised value would come without its gradient.
-        """
-        tensors = [
-            t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, DeferredTensor)
-        ]
-        if torch.is_grad_enabled() and any(t._needs_grad for t in tensors):
-            raise RuntimeError(
-                f"autochunk: {func} reached deferred logits beneath autograd, where their "
-                "gradient would be lost; call .materialize() on them first, or .detach()"
-            )
-        args, kwargs = pytree.tree_map_only(
-            DeferredTensor, lambda t: t.materialize().detach(), (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return repr(self.materialize())
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        import copy
-
-        return copy.deepcopy(self.materialize(), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().__reduce_ex__(protocol)
 
 
 def defer(
@@ -134,65 +59,243 @@ def defer(
         val: A fake tensor with its dtype and device.
         requires_grad: Whether the value has a gradient.
     """
-    versions = [(t, t._version) for t in inputs if isinstance(t, Tensor) and not t.is_inference()]
+    with torch.set_grad_enabled(requires_grad):
+        formula = _Formula(graph, inputs, requires_grad)
+        plain = _Plain.apply(formula, tuple(shape), val, *formula.tensors)
+        return _Identity.apply(plain, formula, tuple(strides))
 
-    def compute() -> Tensor:
-        for position, (tensor, version) in enumerate(versions):
-            if tensor._version != version:
+
+class DeferredTensor(Tensor):
+    """A tensor that is computed on first use, and an ordinary ``torch.Tensor`` from then on.
+
+    Attributes:
+        _plain: The value's tensor.
+        _formula: Computes the value; None in a compiler's copies, made of a tensor of its own.
+    """
+
+    _plain: Tensor
+    _formula: _Formula | None
+
+    def materialize(self) -> Tensor:
+        """Computes the value.
+
+        Returns:
+            The same object, which is an ordinary tensor now. (While C++ code holds on to the
+            wrapper: another tensor, with the same value, storage and gradient.)
+
+        Raises:
+            StaleError: if an input was modified in place since.
+        """
+        with _LOCK:
+            if type(self) is not DeferredTensor:  # another thread was faster
+                return self
+            plain = self._value
+            with torch._C.DisableTorchFunctionSubclass():
+                shared = self._use_count() > 1  # type: ignore[attr-defined]
+            if shared or self._formula is None:
+                return plain
+            hooks = plain._backward_hooks  # the Python object's, unlike all else of a tensor
+            torch._C._swap_tensor_impl(self, plain)  # type: ignore[attr-defined]
+            del self._plain, self._formula
+            self.__class__ = Tensor  # type: ignore[assignment]
+            self._backward_hooks = hooks
+            return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METADATA or TracingContext.try_get() is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs or {})
+        if func in _AUTOGRAD:
+            return func(args[0]._plain, *args[1:], **kwargs or {})
+        args, kwargs = pytree.tree_map_only(
+            DeferredTensor, DeferredTensor.materialize, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default and args[0]._formula is None:
+            return _wrap(args[0]._plain.detach(), None, args[0].stride())
+        _refuse_writes(func, args)
+        with torch.overrides.enable_reentrant_dispatch():  # the formula's own graph is recorded
+            args, kwargs = pytree.tree_map_only(
+                DeferredTensor, lambda t: t._value, (args, kwargs or {})
+            )
+        return func(*args, **kwargs)
+
+    # ---- what torch.compile needs to look inside
+
+    @property
+    def _value(self) -> Tensor:
+        with _LOCK:
+            if self._formula is not None:
+                if self._version:
+                    raise RuntimeError(_MODIFIED.format("A custom autograd Function (mark_dirty)"))
+                self._formula.fill(self._plain)
+            return self._plain
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["_value"], None
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: None, size: Sequence[int], stride: Sequence[int]
+    ) -> Tensor:
+        value = inner["_value"]
+        return value if type(value) is Tensor else _wrap(value, None, stride)
+
+    def _stable_hash_for_caching(self) -> str:
+        return repr((self.shape, self.stride(), self.dtype, self.device, self.requires_grad))
+
+
+def _wrap(plain: Tensor, formula: _Formula | None, strides: Sequence[int]) -> DeferredTensor:
+    wrapper = Tensor._make_wrapper_subclass(
+        DeferredTensor, plain.shape, strides=strides, dtype=plain.dtype, device=plain.device,
+        requires_grad=formula is None and plain.requires_grad,
+    )
+    torch._C._set_throw_on_mutable_data_ptr(wrapper)
+    wrapper._plain, wrapper._formula = plain, formula
+    return wrapper
+
+
+def _refuse_writes(func: Any, args: Sequence[Any]) -> None:
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.is_write and isinstance(value, DeferredTensor) and value._formula is not None:
+            raise RuntimeError(_MODIFIED.format(func))
+
+
+class _Formula:
+    """How a value is computed.
+
+    It is part of the autograd graph (through :class:`_Plain`) and therefore must not refer to the
+    value's tensor, or both would never be freed.
+
+    Attributes:
+        tensors: Aliases of the inputs that are tensors. Hooks on the inputs must not run once
+            for the value's own graph and once more for the whole.
+        recorded: The value's own graph, until a backward pass has used it up.
+    """
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any], requires_grad: bool) -> None:
+        self.graph = graph
+        self.inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
+        self.requires_grad = requires_grad
+        self.states = [_state_of(t) for t in self.tensors]
+        self.filled = False
+        self.recorded: GradientEdge | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in self.inputs if isinstance(t, Tensor)]
+
+    def fill(self, plain: Tensor) -> None:
+        """Gives ``plain`` its value, once.
+
+        Raises:
+            StaleError: if an input was modified in place since.
+        """
+        if self.filled:
+            return
+        for position, (tensor, state) in enumerate(zip(self.tensors, self.states, strict=True)):
+            if _state_of(tensor) != state:
                 raise StaleError(
                     f"autochunk: the logits were deferred, and their input {position} (shape "
                     f"{list(tensor.shape)}) has since been modified in place (by an optimizer's "
                     "step?), so their value can no longer be computed; use the logits before "
                     "that, or call .materialize() on them"
                 )
+        with self.ambient():
+            value = self.graph(*self.inputs)
+            self.recorded = get_gradient_edge(value) if value.requires_grad else None
+            plain.data = value.detach()
+        self.filled = True
+
+    @contextlib.contextmanager
+    def ambient(self) -> Iterator[None]:
+        """The modes in which the model would have computed the value, whatever they are now."""
         with (
-            torch.set_grad_enabled(requires_grad),
-            torch._C._DisableAutocast(),
             torch.inference_mode(False),
+            torch.set_grad_enabled(self.requires_grad),
+            torch._C._DisableAutocast(),
+            _disable_current_modes(),
+            temporarily_clear_interpreter_stack(),
         ):
-            return graph(*inputs)
+            yield
 
-    return DeferredTensor(compute, shape, strides, val.dtype, val.device, requires_grad)
+    def gradients(self, upstream: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients with respect to ``tensors``."""
+        with _LOCK:
+            recorded, self.recorded = self.recorded, None
+        if recorded is None:
+            with self.ambient():
+                recorded = get_gradient_edge(self.graph(*self.inputs))
+        inputs = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
+        create_graph = torch.is_grad_enabled()
+        found = iter(torch.autograd.grad(
+            recorded, inputs, upstream, create_graph=create_graph, allow_unused=True
+        ))
+        return [next(found) if want else None for want in wanted]
 
 
-_FREE_NAMES = (
-    "shape",
-    "dtype",
-    "device",
-    "ndim",
-    "layout",
-    "is_cuda",
-    "is_cpu",
-    "is_sparse",
-    "is_quantized",
-    "is_meta",
-    "is_mps",
-    "is_xpu",
-    "is_nested",
-    "is_leaf",
-    "itemsize",
-    "nbytes",
-    "names",
+def _state_of(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is modified in place, or its memory is taken away."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.untyped_storage().nbytes()
+
+
+class _Plain(torch.autograd.Function):
+    """``plain`` as a function of the formula's tensors; to be filled later."""
+
+    @staticmethod
+    def forward(ctx: Any, formula: _Formula, shape: Any, val: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.formula = formula
+        ctx.save_for_backward(*tensors)
+        return torch.empty_strided(shape, [0] * len(shape), dtype=val.dtype, device=val.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.saved_tensors  # noqa: B018  raises what eager raises if one was modified or freed
+        return None, None, None, *ctx.formula.gradients(grad, ctx.needs_input_grad[3:])
+
+
+class _Identity(torch.autograd.Function):
+    """The wrapper as a function of ``plain``."""
+
+    @staticmethod
+    def forward(ctx: Any, plain: Tensor, formula: _Formula, strides: Any) -> Tensor:
+        return _wrap(plain, formula, strides)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None, None
+
+
+_LOCK = threading.RLock()
+
+_MODIFIED = (
+    "autochunk: {} modified deferred logits in place before they were computed; call "
+    ".materialize() on them first"
 )
-_FREE_METHODS = (
-    "size",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "element_size",
-    "stride",
-    "is_floating_point",
-    "is_complex",
-    "is_signed",
-    "is_contiguous",
-    "storage_offset",
-    "get_device",
-    "__len__",
-    "is_inference",
-)
-_FREE: frozenset[Any] = frozenset(
-    [getattr(Tensor, name).__get__ for name in _FREE_NAMES if hasattr(Tensor, name)]
-    + [getattr(Tensor, name) for name in _FREE_METHODS if hasattr(Tensor, name)]
-    + [torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor]
+
+
+def _functions(attributes: str, methods: str) -> frozenset[Any]:
+    """What ``__torch_function__`` is told when these names of a tensor are used."""
+    return frozenset(
+        [getattr(Tensor, name).__get__ for name in attributes.split()]
+        + [getattr(Tensor, name) for name in methods.split()]
+    )
+
+
+#: Answered by the wrapper itself.
+_METADATA = _functions(
+    attributes="_version shape dtype device ndim layout requires_grad is_leaf itemsize nbytes "
+    "is_cpu is_cuda is_xpu is_mps is_meta is_sparse is_quantized is_nested",
+    methods="size dim ndimension numel nelement element_size stride storage_offset get_device "
+    "is_contiguous is_floating_point is_complex is_signed is_inference __len__",
+) | {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor}
+
+#: Answered by ``plain`` before it has a value: FSDP, for one, hooks every output of a model.
+_AUTOGRAD = _functions(
+    attributes="grad_fn output_nr retains_grad", methods="register_hook retain_grad"
 )

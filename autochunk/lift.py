@@ -522,7 +522,7 @@ def _differentiated(walk: Walk, outputs: Sequence[RowValue]) -> set[fx.Node]:
 def _checks(walk: Walk, rows: Sequence[fx.Node], needed: set[fx.Node]) -> list[IndexCheck]:
     checks = []
     for index, size, wraps, source in walk.index_uses:
-        if index not in needed or not isinstance(size, int):
+        if index not in needed:
             continue
         ancestors = _ancestors([index])
         inputs = [p for p in ancestors if p.op == "placeholder"]
@@ -533,7 +533,7 @@ def _checks(walk: Walk, rows: Sequence[fx.Node], needed: set[fx.Node]) -> list[I
             IndexCheck(
                 graph=_subgraph(walk.body, used, [index]),
                 row_inputs=tuple(rows.index(p) for p in used),
-                size=size,
+                size=int(size),  # specialises a symbolic one, as all features of a kernel are
                 wraps=wraps,
                 source=source,
             )

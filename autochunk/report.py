@@ -26,7 +26,7 @@ class Row:
         shape: Rows × features and dtype of its logits.
         found: The ops it goes through.
         strategy: ``fused``, ``recompute`` or ``forward``; empty if refused.
-        chunks: Rows × number of chunks.
+        chunks: Number of chunks × rows of each.
         logits_bytes: Bytes of the logits, avoided unless refused.
         chunk_bytes: Bytes of one chunk's logits and gradient, estimated.
         refusal: Why it was left alone, or None.

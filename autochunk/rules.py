@@ -109,7 +109,6 @@ _register(
     [
         aten.alias.default,
         aten.detach.default,
-        aten.lift_fresh_copy.default,
         aten.masked_fill.Tensor,
         aten.zeros_like.default,
         aten.ones_like.default,
@@ -131,15 +130,19 @@ def _to_copy(walk: Walk, node: fx.Node) -> RowValue:
     return _pointwise(walk, node)
 
 
-# copy(a, b) is b, cast and broadcast to a: pointwise in b.
+# copy(a, b) is b, cast to a's dtype: pointwise in b. It is what functionalisation leaves of an
+# in-place op inside a composite one.
 @_register("pointwise", [aten.copy.default])
 def _copy(walk: Walk, node: fx.Node) -> RowValue:
     target, source = node.args[0], node.args[1]
-    value = walk.env.get(source)  # type: ignore[arg-type]
-    a, b = target.meta["val"], source.meta["val"]  # type: ignore[union-attr]
-    if isinstance(value, RowValue) and a.dtype == b.dtype and same_shape(a.shape, b.shape):
+    value = walk.row_argument(node, source)
+    out = target.meta["val"]  # type: ignore[union-attr]
+    if not same_shape(out.shape, value.shape):
+        raise Boundary("no-rule", "a copy that broadcasts")
+    if out.dtype == value.val.dtype:
         return value
-    return _pointwise(walk, node)
+    emitted = walk.emit(aten._to_copy.default, value.node, dtype=out.dtype)
+    return walk.result(node, emitted, value.is_row, value, [value])
 
 
 # ---- reductions over features ----------------------------------------------------------------
@@ -182,6 +185,7 @@ _SPLITS: dict[Any, Any] = {
         aten.std.correction,
         aten.var_mean.correction,
         aten.linalg_vector_norm.default,
+        aten.count_nonzero.default,
         aten.count_nonzero.dim_IntList,
         aten.nansum.default,
     ],
@@ -236,14 +240,11 @@ def _split_val(x: RowValue, shape: Sequence[Any], dtype: torch.dtype) -> torch.T
     [
         aten._softmax.default,
         aten._log_softmax.default,
-        aten.softmax.int,
-        aten.log_softmax.int,
         aten.cumsum.default,
         aten.cumprod.default,
         aten.logcumsumexp.default,
         aten.sort.default,
         aten.sort.stable,
-        aten.argsort.default,
         aten.topk.default,
     ],
 )
@@ -561,9 +562,7 @@ def _embedding(walk: Walk, node: fx.Node) -> RowValue:
 
 # A view that regroups rows among rows and features among features moves no element to another
 # row.
-@_register(
-    "layout", [aten.view.default, aten._unsafe_view.default, aten.reshape.default]
-)
+@_register("layout", [aten.view.default, aten._unsafe_view.default])
 def _view(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
     shape = tuple(node.meta["val"].shape)

@@ -399,6 +399,11 @@ def _attach_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _attach_backward(ctx: Any, grad: Tensor) -> Any:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "autochunk: double backward is not supported: the gradients of a chunked head are "
+            "computed in its forward pass, and how they depend on its inputs is not recorded"
+        )
     upstream = grad.reshape(())
     scaled = [g * upstream.to(torch.promote_types(g.dtype, torch.float32)) for g in ctx.saved_tensors]
     scaled = [s.to(g.dtype) for s, g in zip(scaled, ctx.saved_tensors, strict=True)]

@@ -1,14 +1,15 @@
-"""What the examples share: the same training in one process per method, then a comparison.
+"""What the examples share: the same training in one process per method, step by step in turn.
 
 Each method runs in a child process of its own (the example's script again, with ``--worker``), so
-that no method inherits memory, compiled code or random state from another.
+that none inherits memory, compiled code or random state from another. The parent lets one child
+at a time do one step: a load on the machine then slows all of them alike, and the ratios of times
+hold. A child waits for a line, does a step, and answers with a line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import gc
 import json
 import math
@@ -16,32 +17,33 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
+from autochunk.config import OptionError, Options
 from autochunk.report import collect
 
 MIB = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Run:
-    """What a child process measured.
+    """What one method did.
 
     Attributes:
         method: ``eager``, or a name that ``torch.compile(backend=...)`` takes.
         losses: One per step.
         peak_bytes: Most memory that the forward and backward pass of a step took above what was
             held before it, over all steps but the first (which compiles).
-        total_bytes: The same including what was held before: weights and optimizer state.
+        total_bytes: The same including what was held before: weights, optimizer state, libraries.
         seconds: Median time of a step, the optimizer's included, over the same steps.
-        chunked: Heads that autochunk runs in chunks.
+        chunked: Number of heads that ran in chunks.
         report: What autochunk says about every graph with a head.
     """
 
@@ -50,12 +52,81 @@ class Run:
     peak_bytes: int
     total_bytes: int
     seconds: float
-    chunked: int = 0
-    report: str = ""
+    chunked: int
+    report: str
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that every comparison has."""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--memory-budget",
+        metavar="BYTES",
+        help="of autochunk: what a chunk of logits may take, as 64MiB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model with random weights, to try the script"
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program with the parser's error for values that make no sense."""
+    for name, least in (("steps", 2), ("batch", 1), ("tokens", 2), ("layers", 1)):
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            parser.error(f"--{name} is {value}; it must be at least {least}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this installation of PyTorch sees no CUDA device")
+    if args.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+        parser.error(
+            "--device cpu: peak memory is read from Linux's /proc/self, which is not there or not "
+            "writable; run on Linux, or with --device cuda"
+        )
+    try:
+        Options.parse(backend_options(args))
+    except OptionError as error:
+        parser.error(str(error))
+
+
+def backend_options(args: argparse.Namespace) -> dict[str, Any]:
+    """autochunk's options from the command line.
+
+    ``strict``: an example should fail loudly rather than show plain Inductor's figures.
+    """
+    if args.tiny:
+        return {"strict": True, "min_bytes": 0, "num_chunks": 4}
+    return {"strict": True, "memory_budget": args.memory_budget}
+
+
+def language_reference() -> str:
+    """Real text that is on any machine: the documentation of Python's syntax, about 450 kB."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics.values())
+
+
+def split(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, ids: torch.Tensor, batch: int
+) -> torch.Tensor:
+    """The first token ids of a text as ``[steps, batch, tokens]``."""
+    needed = args.steps * batch * args.tokens
+    if len(ids) < needed:
+        parser.error(
+            f"the text has {len(ids)} tokens, and {args.steps} steps of {batch} x {args.tokens} "
+            f"tokens need {needed}: lower --steps or --tokens"
+        )
+    return ids[:needed].view(args.steps, batch, args.tokens)
+
+
+# ---- the child ---------------------------------------------------------------------------------
 
 
 class PeakMemory:
-    """Peak memory between ``start()`` and ``stop()``, both with the device idle.
+    """Peak memory between ``start()`` and ``stop()``.
 
     On the CPU it is the kernel's high-water mark of the process's resident memory, which is reset
     by ``start``; on CUDA it is the caching allocator's.
@@ -71,8 +142,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
             return
-        # What the C library keeps of freed memory would be reused unseen: give it back first.
-        ctypes.CDLL(None).malloc_trim(0)
+        # The C library would reuse, unseen, what it keeps of freed memory: have it given back.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         self.base = _status_bytes("VmRSS")
 
@@ -86,122 +159,119 @@ class PeakMemory:
         return peak - self.base, peak
 
 
-def train(
+def work(
     method: str,
     model: torch.nn.Module,
-    batches: Iterable[torch.Tensor],
+    batches: torch.Tensor,
     optimizer: torch.optim.Optimizer,
     options: Mapping[str, Any],
-) -> Run:
-    """Trains a causal language model, one step per batch.
+) -> None:
+    """Trains a causal language model, one step per line from stdin.
 
     Args:
         method: As ``Run.method``.
         model: Called as ``model(input_ids=ids, labels=ids).loss``.
-        batches: Token ids ``[batch, tokens]``.
+        batches: Token ids ``[steps, batch, tokens]``.
         optimizer: Over the model's parameters.
         options: Of autochunk.
     """
+    channel, sys.stdout = sys.stdout, sys.stderr  # a library's print must not mix with the JSON
     device = next(model.parameters()).device
-    if method == "autochunk":
-        step_model: Any = torch.compile(model, backend="autochunk", options=dict(options))
-    else:
-        step_model = model if method == "eager" else torch.compile(model, backend=method)
+    compiled: Any = model
+    if method != "eager":
+        extra = {"options": dict(options)} if method == "autochunk" else {}
+        compiled = torch.compile(model, backend=method, **extra)
     memory = PeakMemory(device)
-    losses, peaks, totals, seconds = [], [], [], []
     with collect() as reports:
-        for i, ids in enumerate(batches):
-            ids = ids.to(device)
+        for cpu_ids in batches:
+            if not sys.stdin.readline():
+                return  # the parent is gone
+            ids = cpu_ids.to(device)
             memory.start()
             started = time.perf_counter()
-            loss = step_model(input_ids=ids, labels=ids).loss
+            loss = compiled(input_ids=ids, labels=ids).loss
             loss.backward()
             above, total = memory.stop()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            found = {"loss": loss.item(), "peak_bytes": above, "total_bytes": total}
             del loss
-            seconds.append(time.perf_counter() - started)
-            peaks.append(above)
-            totals.append(total)
-            print(
-                f"{method}: step {i + 1}, loss {losses[-1]:.6f}, {seconds[-1]:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    return Run(
-        method,
-        tuple(losses),
-        max(peaks[1:]),
-        max(totals[1:]),
-        statistics.median(seconds[1:]),
-        sum(len(report.chunked) for report in reports),
-        "\n".join(str(report) for report in reports if report.rows or report.failure),
-    )
+            found["seconds"] = time.perf_counter() - started
+            print(json.dumps(found), file=channel, flush=True)
+    report = "\n".join(str(r) for r in reports if r.rows or r.failure)
+    chunked = sum(len(r.chunked) for r in reports)
+    print(json.dumps({"chunked": chunked, "report": report}), file=channel, flush=True)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every comparison has; those of the child process are not shown."""
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--memory-budget",
-        default=None,
-        metavar="BYTES",
-        help='bytes that a chunk of logits may take, as "64MiB" (default: autochunk\'s own)',
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny model with random weights, to try the script"
-    )
-    parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, default=None, help=argparse.SUPPRESS)
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program with the parser's error for values that make no sense."""
-    for name in ("steps", "batch", "tokens"):
-        least = 1 if name == "batch" else 2
-        if getattr(args, name) < least:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least {least}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this installation of PyTorch sees no CUDA device")
-    if args.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
-        parser.error(
-            "--device cpu: peak memory is read from Linux's /proc/self, which is not there or not "
-            "writable; run on Linux, or with --device cuda"
+# ---- the parent --------------------------------------------------------------------------------
+
+
+def run_methods(methods: Sequence[str], steps: int) -> list[Run]:
+    """Trains with each method, in turn step by step; ends the program if a child fails."""
+    children = {
+        method: subprocess.Popen(
+            [sys.executable, *sys.argv, "--worker", method],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
+        for method in methods
+    }
+    try:
+        done: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+        for step in range(steps):
+            for method, child in children.items():
+                done[method].append(found := _ask(method, child))
+                print(
+                    f"step {step + 1}, {method}: loss {found['loss']:.6f}, "
+                    f"{found['seconds']:.1f} s",
+                    file=sys.stderr,
+                )
+        return [_run(method, done[method], _read(method, children[method])) for method in methods]
+    finally:
+        for child in children.values():
+            child.kill()
+            child.communicate()
 
 
-def backend_options(args: argparse.Namespace) -> dict[str, Any]:
-    """autochunk's options from the command line.
-
-    ``strict``: an example should fail loudly rather than show plain Inductor's figures.
-    """
-    options: dict[str, Any] = {"strict": True}
-    if args.memory_budget is not None:
-        options["memory_budget"] = args.memory_budget
-    if args.tiny:
-        options |= {"min_bytes": 0, "num_chunks": 4}
-        options.pop("memory_budget", None)
-    return options
+def _ask(method: str, child: subprocess.Popen[str]) -> dict[str, Any]:
+    assert child.stdin is not None
+    try:
+        child.stdin.write("step\n")
+        child.stdin.flush()
+    except BrokenPipeError:
+        pass  # it has ended; reading says so
+    return _read(method, child)
 
 
-def run_methods(methods: Sequence[str]) -> list[Run]:
-    """Runs this program once per method, each in a child process, one after another."""
-    runs = []
-    with tempfile.TemporaryDirectory() as directory:
-        for method in methods:
-            path = Path(directory) / f"{method}.json"
-            command = [*sys.argv, "--worker", method, "--result", str(path)]
-            done = subprocess.run([sys.executable, *command], check=False)
-            if done.returncode != 0:
-                sys.exit(f"{method}: its process ended with status {done.returncode} (see above)")
-            runs.append(Run(**json.loads(path.read_text())))
-    return runs
+def _read(method: str, child: subprocess.Popen[str]) -> dict[str, Any]:
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    if not line:
+        status = child.wait()
+        sys.exit(f"the process that trains with {method} ended with status {status}; see above")
+    return json.loads(line)
 
 
-def write_run(run: Run, path: Path) -> None:
-    """Hands a child's measurements to its parent."""
-    path.write_text(json.dumps(dataclasses.asdict(run)))
+def _run(method: str, steps: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> Run:
+    warm = steps[1:]
+    return Run(
+        method=method,
+        losses=tuple(step["loss"] for step in steps),
+        peak_bytes=max(step["peak_bytes"] for step in warm),
+        total_bytes=max(step["total_bytes"] for step in warm),
+        seconds=statistics.median(step["seconds"] for step in warm),
+        chunked=last["chunked"],
+        report=last["report"],
+    )
 
 
 def largest_difference(run: Run, baseline: Run) -> float:
@@ -213,8 +283,9 @@ def largest_difference(run: Run, baseline: Run) -> float:
 
 def print_losses(runs: Sequence[Run]) -> None:
     """A table of the losses, one row per step."""
-    rows = [[i + 1, *losses] for i, losses in enumerate(zip(*(r.losses for r in runs), strict=True))]
-    print(tabulate(rows, ["step", *(f"{r.method}: loss" for r in runs)], floatfmt=".7f"))
+    columns = zip(*(run.losses for run in runs), strict=True)
+    rows = [[i, *losses] for i, losses in enumerate(columns, start=1)]
+    print(tabulate(rows, ["step", *(f"{run.method}: loss" for run in runs)], floatfmt=".7f"))
     print()
 
 
@@ -240,7 +311,7 @@ def print_summary(runs: Sequence[Run]) -> None:
         f"largest relative\ndifference from\n{first.method}",
         "peak of a step\nabove base, MiB",
         "ratio",
-        "peak of the\nprocess, MiB",
+        "peak in\ntotal, MiB",
         "seconds\nper step",
         "ratio",
     ]
@@ -248,31 +319,21 @@ def print_summary(runs: Sequence[Run]) -> None:
     print()
 
 
-def verdict(run: Run, baseline: Run, tolerance: float) -> int:
-    """Prints whether autochunk's run is what it should be; returns the exit status."""
-    failures = []
+def failures(run: Run, baseline: Run, tolerance: float) -> list[str]:
+    """What is wrong with a run of autochunk: nothing, if the list is empty."""
+    found = []
     difference = largest_difference(run, baseline)
     if not difference <= tolerance:
-        failures.append(
+        found.append(
             f"the losses disagree: the largest relative difference of {run.method} from "
-            f"{baseline.method} is {difference:.1e}, more than {tolerance:.0e}"
+            f"{baseline.method} is {difference:.1e}, and {tolerance:.0e} is accepted"
         )
     if run.chunked == 0:
-        failures.append("autochunk left the head alone, so there is nothing to compare")
-    if failures:
-        print("\n".join(f"FAILED: {failure}" for failure in failures))
-        return 1
-    print(
-        f"The losses agree: largest relative difference {difference:.1e}, "
-        f"at most {tolerance:.0e} is accepted."
-    )
-    return 0
+        found.append("autochunk left the head alone, so nothing was compared")
+    return found
 
 
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
+def conclude(found: Sequence[str], success: str) -> int:
+    """Prints the failures, or that there are none; returns the exit status."""
+    print("\n".join(f"FAILED: {failure}" for failure in found) if found else success)
+    return 1 if found else 0

