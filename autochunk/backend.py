@@ -26,7 +26,7 @@ from autochunk.plan import plan
 from autochunk.report import Report, Row, next_graph, publish, write_debug
 from autochunk.rewrite import Rewritten, Scheduled, rewrite
 from autochunk.tail import cotangents, differentiable_outputs
-from autochunk.types import Candidate, Lifted, Lowered, Plan, Refusal, Region
+from autochunk.types import Candidate, Cotangents, Lifted, Lowered, Plan, Refusal, Region
 from autochunk.version import __version__
 
 
@@ -92,7 +92,7 @@ class _Made:
         if self.rewritten is None:
             return _inductor(self.original, example_inputs, options)
         compiled = _inductor(self.rewritten.gm, example_inputs, options)
-        return _wrap(compiled, self.rewritten, self.loops)
+        return _Compiled(compiled, self.rewritten, self.loops)
 
 
 def _inductor(
@@ -122,7 +122,8 @@ def _rewrite(gm: fx.GraphModule, options: Options, number: int) -> _Made:
         if not found:
             break
         refusals.update(found)
-    rewritten, loops = None, ()
+    rewritten: Rewritten | None = None
+    loops: tuple[runtime.Loop, ...] = ()
     stages: list[tuple[str, str]] = [("dynamo", _readable(gm))]
     if kept and lowered is not None and lifted is not None:
         loops = tuple(_loop(item, options) for item in scheduled)
@@ -155,16 +156,10 @@ def _schedule(
         if wanted and options.strategy == "fused" and decided.strategy != "fused":
             head = next(n for n, c in lowered.heads.items() if c.name in region.heads)
             refusal = Refusal("not-fusable", op_name(head), decided.why, source_line(head))
-            return [], {name: refusal for name in region.heads}
-        fused = decided.strategy == "fused" and not isinstance(known, str)
-        scheduled.append(
-            Scheduled(
-                region,
-                decided,
-                known if fused else None,  # type: ignore[arg-type]
-                key=_key(_spec(region, decided, options), decided),
-            )
-        )
+            return [], dict.fromkeys(region.heads, refusal)
+        used = known if decided.strategy == "fused" and isinstance(known, Cotangents) else None
+        key = _key(_spec(region, decided, options), decided, region)
+        scheduled.append(Scheduled(region, decided, used, key))
     return scheduled, {}
 
 
@@ -199,7 +194,7 @@ def _spec(region: Region, decided: Plan, options: Options) -> BodySpec:
     )
 
 
-def _key(spec: BodySpec, decided: Plan) -> str:
+def _key(spec: BodySpec, decided: Plan, region: Region) -> str:
     """A hash of everything that decides what a region computes."""
     parts = [
         spec.body.code,
@@ -214,6 +209,7 @@ def _key(spec: BodySpec, decided: Plan) -> str:
         sorted((k, repr(v)) for k, v in spec.inductor.items()),
         decided.strategy,
         decided.accumulate_dtype,
+        [(c.graph.code, c.row_inputs, c.size, c.wraps, c.source) for c in region.checks],
         torch.__version__,
         __version__,
     ]
@@ -238,51 +234,49 @@ def _loop(item: Scheduled, options: Options) -> runtime.Loop:
         spec=spec,
         checks=item.region.checks,
         accumulate=item.plan.accumulate_dtype,
-        name=item.region.name,
         **kernels,
     )
     runtime.REGIONS[item.key] = loop
     return loop
 
 
-def _wrap(
-    compiled: Callable[..., Any], rewritten: Rewritten, loops: tuple[runtime.Loop, ...]
-) -> Callable[..., Any]:
-    """Puts deferred tensors where the old graph returned wide values; keeps the loops alive."""
-    if not rewritten.deferrals:
+@dataclass(frozen=True)
+class _Compiled:
+    """The compiled graph; puts deferred tensors where the old graph returned wide values.
 
-        def call(*args: Any) -> Any:
-            return compiled(*args)
+    It also keeps the regions' loops alive, which the registry does not.
+    """
 
-        call._autochunk_loops = loops  # type: ignore[attr-defined]
-        return call
+    compiled: Callable[..., Any]
+    rewritten: Rewritten
+    loops: tuple[runtime.Loop, ...]
 
-    def call_and_defer(*args: Any) -> list[Any]:
-        results = compiled(*args)
-        outputs: list[Any] = [None] * rewritten.n_outputs
-        for position, value in zip(rewritten.kept, results, strict=False):
+    def __call__(self, *args: Any) -> Any:
+        results = self.compiled(*args)
+        if not self.rewritten.deferrals:
+            return results
+        outputs: list[Any] = [None] * self.rewritten.n_outputs
+        for position, value in zip(self.rewritten.kept, results, strict=False):
             outputs[position] = value
-        for deferral in rewritten.deferrals:
-            def value(source: Any) -> Any:
-                if isinstance(source, int):
-                    return source
-                kind, i = source
-                return args[i] if kind == "input" else results[i]  # noqa: B023
 
+        def take(source: int | tuple[str, int]) -> Any:
+            if isinstance(source, int):
+                return source
+            kind, i = source
+            return args[i] if kind == "input" else results[i]
+
+        for deferral in self.rewritten.deferrals:
             tensor = defer(
                 deferral.graph,
-                inputs=[value(source) for source in deferral.inputs],
-                shape=[value(size) for size in deferral.shape],
-                strides=[value(stride) for stride in deferral.strides],
+                inputs=[take(source) for source in deferral.inputs],
+                shape=[take(size) for size in deferral.shape],
+                strides=[take(stride) for stride in deferral.strides],
                 val=deferral.val,
                 requires_grad=deferral.needs_grad,
             )
             for position in deferral.positions:
                 outputs[position] = tensor
         return outputs
-
-    call_and_defer._autochunk_loops = loops  # type: ignore[attr-defined]
-    return call_and_defer
 
 
 def _row(
@@ -341,7 +335,8 @@ def _deferred_from(node: fx.Node, candidate: Candidate, lowered: Lowered) -> boo
 
 def _path(candidate: Candidate, limit: int = 8) -> str:
     """``linear → float → cross_entropy``: the ops downstream of a head, in order."""
-    names, reached = [], {candidate.node}
+    names: list[str] = []
+    reached = {candidate.node}
     for node in candidate.node.graph.nodes:
         if node is candidate.node or (
             node.op != "output" and any(a in reached for a in node.all_input_nodes)

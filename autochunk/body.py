@@ -226,7 +226,8 @@ def _function(spec: BodySpec, *, values: bool, grads: bool) -> Callable[..., lis
                 allow_unused=True,
             )
         gradients = [
-            torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)
+            torch.zeros_like(leaf) if g is None else g
+            for g, leaf in zip(found, leaves, strict=True)
         ]
         return [*(o.detach() for o in outputs if values), *gradients]
 
@@ -253,9 +254,7 @@ def _fits(x: torch.Tensor, dim: int, *others: torch.Tensor) -> bool:
     )
 
 
-def _scatter_add(
-    x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor
-) -> torch.Tensor:
+def _scatter_add(x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor) -> torch.Tensor:
     """The gradient of a gather of few indices, as comparisons that fuse with their neighbours.
 
     ``x + Σ_j where(iota == index[:, j], src[:, j], 0)``; without it Inductor keeps a chunk-sized
@@ -325,14 +324,14 @@ def _is_one_hot(node: fx.Node, dim: int) -> bool:
     iota, index = node.args[0], node.args[1]
     ndim = node.meta["val"].dim()
     dim = dim % ndim
-    if index.meta["val"].dim() != ndim or index.meta["val"].shape[dim] != 1:  # type: ignore[union-attr]
+    if index.meta["val"].dim() != ndim or index.meta["val"].shape[dim] != 1:
         return False
-    while iota.target in (aten.view.default, aten.reshape.default, aten.unsqueeze.default):  # type: ignore[union-attr]
-        iota = iota.args[0]  # type: ignore[union-attr]
-    if iota.target is not torch.ops.prims.iota.default:  # type: ignore[union-attr]
+    while iota.target in (aten.view.default, aten.reshape.default, aten.unsqueeze.default):
+        iota = iota.args[0]
+    if iota.target is not torch.ops.prims.iota.default:
         return False
-    starts = iota.kwargs.get("start"), iota.kwargs.get("step")  # type: ignore[union-attr]
-    return starts == (0, 1) and iota.args[0] == node.meta["val"].shape[dim]  # type: ignore[union-attr]
+    starts = iota.kwargs.get("start"), iota.kwargs.get("step")
+    return starts == (0, 1) and iota.args[0] == node.meta["val"].shape[dim]
 
 
 def _is_zero(node: Any) -> bool:
@@ -346,7 +345,7 @@ def _peel(
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     inputs = {node: i for i, node in enumerate(placeholders[:n_inputs])}
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
-    results = list(output.args[0])  # type: ignore[arg-type]
+    results = list(output.args[0])
     heads, buffers = _peel_heads(gm, placeholders[-1], inputs)
     kept = results[:n_values]
     overwritten: dict[fx.Node, fx.Node] = {}
@@ -382,9 +381,7 @@ def _peel(
     return heads, gradients
 
 
-def _kept_copy(
-    gm: fx.GraphModule, output: fx.Node, kept: list[fx.Node], buffer: fx.Node
-) -> int:
+def _kept_copy(gm: fx.GraphModule, output: fx.Node, kept: list[fx.Node], buffer: fx.Node) -> int:
     """The logits themselves are a factor: a copy of them leaves, as the buffer is overwritten."""
     with gm.graph.inserting_before(output):
         copied = gm.graph.call_function(aten.clone.default, (buffer,))
@@ -454,8 +451,8 @@ def _terms(node: fx.Node) -> list[tuple[fx.Node, ...]]:
         return [(node,)]
     a, b = base.args
     if not transposed:
-        return [(a, b)]  # type: ignore[list-item]
-    return [(_transpose(b), _transpose(a))]  # type: ignore[arg-type]
+        return [(a, b)]
+    return [(_transpose(b), _transpose(a))]
 
 
 def _transpose(node: fx.Node) -> fx.Node:
@@ -471,7 +468,7 @@ def _strip_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
     while node.target in (aten.t.default, aten.permute.default, aten.transpose.int):
         if node.meta["val"].dim() != 2:
             break
-        if node.target is not aten.permute.default or list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
+        if node.target is not aten.permute.default or list(node.args[1]) == [1, 0]:
             transposed = not transposed
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node, transposed

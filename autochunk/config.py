@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -160,14 +160,14 @@ def _accumulate_dtype(name: str, value: object) -> torch.dtype | None:
     if dtype not in _ACCUMULATE_DTYPES.values():
         valid = ", ".join(map(repr, ["auto", *_ACCUMULATE_DTYPES]))
         raise OptionError(_ill_typed(name, value, f"one of {valid}"))
-    return dtype  # type: ignore[return-value]
+    return dtype
 
 
 def _debug(name: str, value: object) -> str | None:
     if isinstance(value, bool):
         return "autochunk_debug" if value else None
     if isinstance(value, (str, os.PathLike)):
-        return os.fspath(value)  # type: ignore[return-value]
+        return os.fspath(value)
     raise OptionError(_ill_typed(name, value, "a bool, or a directory"))
 
 
@@ -204,8 +204,8 @@ def _ill_typed(name: str, value: object, wanted: str) -> str:
     return f"autochunk: option {name!r} is {value!r}; it takes {wanted}"
 
 
-def _unknown(kind: str, name: object, valid: object) -> str:
-    names = sorted(valid)  # type: ignore[call-overload]
+def _unknown(kind: str, name: object, valid: Iterable[str]) -> str:
+    names = sorted(valid)
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     shown = ", ".join(names) if len(names) <= 20 else f"{len(names)} names, see torch._inductor"

@@ -91,13 +91,13 @@ class DeferredTensor(Tensor):
                 return self
             plain = self._value
             with torch._C.DisableTorchFunctionSubclass():
-                shared = self._use_count() > 1  # type: ignore[attr-defined]
+                shared = self._use_count() > 1
             if shared or self._formula is None:
                 return plain
             hooks = plain._backward_hooks  # the Python object's, unlike all else of a tensor
-            torch._C._swap_tensor_impl(self, plain)  # type: ignore[attr-defined]
+            torch._C._swap_tensor_impl(self, plain)
             del self._plain, self._formula
-            self.__class__ = Tensor  # type: ignore[assignment]
+            self.__class__ = Tensor
             self._backward_hooks = hooks
             return self
 
@@ -151,7 +151,11 @@ class DeferredTensor(Tensor):
 
 def _wrap(plain: Tensor, formula: _Formula | None, strides: Sequence[int]) -> DeferredTensor:
     wrapper = Tensor._make_wrapper_subclass(
-        DeferredTensor, plain.shape, strides=strides, dtype=plain.dtype, device=plain.device,
+        DeferredTensor,
+        plain.shape,
+        strides=strides,
+        dtype=plain.dtype,
+        device=plain.device,
         requires_grad=formula is None and plain.requires_grad,
     )
     torch._C._set_throw_on_mutable_data_ptr(wrapper)
@@ -232,9 +236,11 @@ class _Formula:
                 recorded = get_gradient_edge(self.graph(*self.inputs))
         inputs = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
         create_graph = torch.is_grad_enabled()
-        found = iter(torch.autograd.grad(
-            recorded, inputs, upstream, create_graph=create_graph, allow_unused=True
-        ))
+        found = iter(
+            torch.autograd.grad(
+                recorded, inputs, upstream, create_graph=create_graph, allow_unused=True
+            )
+        )
         return [next(found) if want else None for want in wanted]
 
 

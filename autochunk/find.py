@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,11 @@ def as_candidate(node: fx.Node) -> Candidate | None:
         return None
     x, weight, bias, layout = parsed
     x_val, w_val, out = fake(x), fake(weight), fake(node)
-    if not all(isinstance(v, torch.Tensor) for v in (x_val, w_val, out)):
+    if not (
+        isinstance(x_val, torch.Tensor)
+        and isinstance(w_val, torch.Tensor)
+        and isinstance(out, torch.Tensor)
+    ):
         return None
     if x_val.dim() < 2 or w_val.dim() != 2 or out.dim() < 2 or not out.is_floating_point():
         return None
@@ -78,7 +83,7 @@ def as_candidate(node: fx.Node) -> Candidate | None:
     )
 
 
-def fake(node: fx.Node) -> object:
+def fake(node: fx.Node) -> Any:
     """The fake value Dynamo recorded for a node, or None."""
     return node.meta.get("example_value")
 
@@ -143,8 +148,10 @@ def _parse_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, str]
             return None
         operands, layout = [*pair, None], "HV"
     elif target in _ADDMM:
-        if len(args) != 3 or kwargs.keys() - {"beta", "alpha"} or any(
-            v != 1 for v in kwargs.values()
+        if (
+            len(args) != 3
+            or kwargs.keys() - {"beta", "alpha"}
+            or any(v != 1 for v in kwargs.values())
         ):
             return None
         operands, layout = [args[1], args[2], args[0]], "HV"
@@ -223,7 +230,7 @@ def _has_static_features(weight: fx.Node) -> bool:
 
 def _layer_fed_by(head: fx.Node) -> fx.Node | None:
     """A layer with a wide output that the wide values downstream of ``head`` enter, if any."""
-    wide_numel = hint(fake(head).numel())  # type: ignore[union-attr, attr-defined]
+    wide_numel = hint(fake(head).numel())
     seen, stack = {head}, [head]
     while stack:
         node = stack.pop()

@@ -127,10 +127,11 @@ class Walk:
         return isinstance(value, RowValue) and name in value.heads
 
     def _visit(self, node: fx.Node) -> None:
-        if node in self.heads and not any(a in self.env for a in node.all_input_nodes):
-            if not self._depends_on_tail(node.all_input_nodes):
-                self.env[node] = self._seed(node)
-                return
+        args = node.all_input_nodes
+        free = not self._depends_on_tail(args) and not any(a in self.env for a in args)
+        if node in self.heads and free:
+            self.env[node] = self._seed(node)
+            return
         lifted = [a for a in node.all_input_nodes if a in self.env]
         if not lifted:
             if self._depends_on_tail(node.all_input_nodes):
@@ -139,7 +140,9 @@ class Walk:
         if is_size(node):
             return
         if node.target is operator.getitem:
-            self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+            parts = self.env[node.args[0]]
+            assert isinstance(parts, tuple)  # only ops with several results are indexed
+            self.env[node] = parts[node.args[1]]
             return
         try:
             result = self._apply(node)
@@ -293,9 +296,7 @@ class Walk:
             shape=shape,
             chain=like.chain,
             heads=frozenset().union(*(o.heads for o in row_operands)),
-            needs_grad=grad
-            and val.is_floating_point()
-            and node.target is not aten.detach.default,
+            needs_grad=grad and val.is_floating_point() and node.target is not aten.detach.default,
             val=val,
         )
 
@@ -567,4 +568,3 @@ def _subgraph(
     new.output(tuple(env[node] for node in outputs))
     new.lint()
     return fx.GraphModule({}, new)
-

@@ -199,7 +199,7 @@ def _call(node: fx.Node, env: dict[fx.Node, Any], heads: dict[fx.Node, Candidate
     if node in heads:
         return _call_head(heads[node], env)
     if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     raise NotImplementedError(f"cannot lower a {node.op} node: {node.format_node()}")
@@ -230,9 +230,7 @@ def _source_of(node: fx.Node, heads: dict[fx.Node, Candidate]) -> Iterator[None]
         yield
 
 
-def _head_nodes(
-    graph: fx.Graph, heads: dict[fx.Node, Candidate]
-) -> dict[fx.Node, Candidate]:
+def _head_nodes(graph: fx.Graph, heads: dict[fx.Node, Candidate]) -> dict[fx.Node, Candidate]:
     by_name = {node.name: candidate for node, candidate in heads.items()}
     found = {}
     for node in graph.nodes:
@@ -251,9 +249,10 @@ def _needs_grad(graph: fx.Graph, fakes: Sequence[Any]) -> frozenset[fx.Node]:
         if isinstance(value, torch.Tensor) and value.requires_grad:
             needs.add(node)
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is not aten.detach.default:
-            if _is_differentiable(node.meta.get("val")) and any(arg in needs for arg in node.all_input_nodes):
-                needs.add(node)
+        if node.op != "call_function" or node.target is aten.detach.default:
+            continue
+        if _is_differentiable(node.meta.get("val")) and not needs.isdisjoint(node.all_input_nodes):
+            needs.add(node)
     return frozenset(needs)
 
 

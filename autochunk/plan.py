@@ -21,9 +21,7 @@ MAX_HALF_ACCUMULATIONS = 8
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def plan(
-    region: Region, cotangents: Cotangents | str, options: Options, wanted: bool
-) -> Plan:
+def plan(region: Region, cotangents: Cotangents | str, options: Options, wanted: bool) -> Plan:
     """Decides how a region runs.
 
     Args:
@@ -67,9 +65,7 @@ def chunk_bounds(rows: int, chunk_rows: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def accumulate_dtype(
-    dtype: torch.dtype, chunks: int, requested: torch.dtype | None
-) -> torch.dtype:
+def accumulate_dtype(dtype: torch.dtype, chunks: int, requested: torch.dtype | None) -> torch.dtype:
     """The dtype in which a gradient of ``dtype`` is summed over ``chunks`` chunks."""
     if requested is not None:
         return torch.promote_types(dtype, requested)

@@ -112,7 +112,9 @@ class Report:
             for code in dict.fromkeys(key[2] for key in grouped):
                 lines.append(f"{code}: {REFUSAL_CODES[code]}")
         if self.failure:
-            lines.append(f"The rewrite was given up; the graph runs as plain Inductor: {self.failure}")
+            lines.append(
+                f"The rewrite was given up; the graph runs as plain Inductor: {self.failure}"
+            )
         if self.directory:
             lines.append(f"graphs of each stage: {self.directory}")
         return "\n".join(lines)
@@ -165,4 +167,6 @@ def _summary(report: Report) -> str:
     n = len(report.rows)
     if not n:
         return "no linear in it is wide enough to be a head"
-    return f"{n} head{'s' * (n > 1)}, {len(report.chunked)} chunked, {len(report.refused)} left alone"
+    return (
+        f"{n} head{'s' * (n > 1)}, {len(report.chunked)} chunked, {len(report.refused)} left alone"
+    )

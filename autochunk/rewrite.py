@@ -134,7 +134,7 @@ class _Writer:
         for node in reversed(exits):
             self.new.call_function(_EXIT_AUTOCAST, (node,))
         gone = {p for d in deferrals for p in d.positions}
-        flat = list(output.args[0])  # type: ignore[arg-type]
+        flat = list(output.args[0])
         kept = [i for i in range(len(flat)) if i not in gone]
         results = [self._returned(flat[i]) for i in kept]
         self.new.output((*results, *extra))
@@ -187,9 +187,7 @@ class _Writer:
             out = self._item(results, i)
             self.stored[region.name, i] = out if value.needs_grad else self._detach(out)
 
-    def _tail(
-        self, losses: Mapping[fx.Node, list[tuple[list[fx.Node], list[fx.Node]]]]
-    ) -> None:
+    def _tail(self, losses: Mapping[fx.Node, list[tuple[list[fx.Node], list[fx.Node]]]]) -> None:
         for node in self.lifted.tail:
             self.trace = node.meta.get("stack_trace")
             split = self.lifted.splits.get(node)
@@ -210,20 +208,16 @@ class _Writer:
             self._remember_sizes(made, node.meta.get("val"))
 
     def _deferrals(self, output: fx.Node) -> tuple[list[Deferral], list[fx.Node]]:
-        flat = list(output.args[0])  # type: ignore[arg-type]
+        flat = list(output.args[0])
         (lowered_output,) = (n for n in self.lowered.graph.graph.nodes if n.op == "output")
-        lowered_results = list(lowered_output.args[0])  # type: ignore[arg-type]
+        lowered_results = list(lowered_output.args[0])
         extra: list[fx.Node] = []
         placeholders = [n for n in self.new.nodes if n.op == "placeholder"]
         deferrals = []
-        n_kept = sum(
-            1 for arg in flat if not self._is_deferred(arg, lowered_results)
-        )
+        n_kept = sum(1 for arg in flat if not self._is_deferred(arg, lowered_results))
         for node in self.lifted.deferred:
             positions = [
-                i
-                for i, arg in enumerate(flat)
-                if self._is_deferred(arg, lowered_results, node)
+                i for i, arg in enumerate(flat) if self._is_deferred(arg, lowered_results, node)
             ]
             graph, inputs = _wide_graph(self.lowered, node)
 
@@ -258,8 +252,8 @@ class _Writer:
         if not isinstance(arg, fx.Node) or arg not in self.lowered.outputs:
             return False
         lowered_node = lowered_results[self.lowered.outputs.index(arg)]
-        return lowered_node is wanted if wanted is not None else (
-            lowered_node in self.lifted.deferred
+        return (
+            lowered_node is wanted if wanted is not None else (lowered_node in self.lifted.deferred)
         )
 
     def _returned(self, arg: Any) -> Any:
@@ -268,7 +262,7 @@ class _Writer:
         if arg not in self.lowered.cone:
             return self.from_dynamo[arg]
         (lowered_output,) = (n for n in self.lowered.graph.graph.nodes if n.op == "output")
-        node = lowered_output.args[0][self.lowered.outputs.index(arg)]  # type: ignore[index]
+        node = lowered_output.args[0][self.lowered.outputs.index(arg)]
         return self._get(node) if isinstance(node, fx.Node) else node
 
     # ---- values
@@ -368,7 +362,7 @@ class _Writer:
             elif node.op == "get_attr":
                 raise NotImplementedError("a constant tensor in the loss's derivative")
             elif node.op == "output":
-                return [env[arg] for arg in node.args[0]]  # type: ignore[union-attr]
+                return [env[arg] for arg in node.args[0]]
         raise AssertionError("a graph without an output")
 
     # ---- small things
@@ -419,9 +413,7 @@ class _Writer:
         return made.node
 
 
-def _wide_graph(
-    lowered: Lowered, wide: fx.Node
-) -> tuple[fx.GraphModule, list[fx.Node]]:
+def _wide_graph(lowered: Lowered, wide: fx.Node) -> tuple[fx.GraphModule, list[fx.Node]]:
     """The part of the lowered graph that computes a wide value from what is outside of it.
 
     Nodes that depend on a head are inside, and sizes; everything else is an input.

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from autochunk.types import RowOp, RowValue, Split
+from autochunk.types import RowValue, Split
 
 if TYPE_CHECKING:
     from autochunk.lift import Walk
@@ -83,12 +83,9 @@ def _register(family: str, targets: Iterable[Any]) -> Callable[[Any], Any]:
 # Each output element depends on the same element of every operand. Operands that span rows are
 # cut like the rows; operands that do not are the same for every row.
 def _pointwise(walk: Walk, node: fx.Node) -> RowValue:
-    operands = [walk.env[a] for a in node.all_input_nodes if a in walk.env]
-    if any(not isinstance(o, RowValue) for o in operands):
-        raise Boundary("no-rule", "an operand has several parts")
-    out = node.meta["val"]
-    is_row = common_layout(operands, out.dim())  # type: ignore[arg-type]
-    like: RowValue = operands[0]  # type: ignore[assignment]
+    operands = [walk.row_argument(node, a) for a in node.all_input_nodes if a in walk.env]
+    is_row = common_layout(operands, node.meta["val"].dim())
+    like = operands[0]
     features = sum(not row for row in is_row)
 
     def lifted(arg: fx.Node) -> fx.Node:
@@ -136,7 +133,7 @@ def _to_copy(walk: Walk, node: fx.Node) -> RowValue:
 def _copy(walk: Walk, node: fx.Node) -> RowValue:
     target, source = node.args[0], node.args[1]
     value = walk.row_argument(node, source)
-    out = target.meta["val"]  # type: ignore[union-attr]
+    out = target.meta["val"]
     if not same_shape(out.shape, value.shape):
         raise Boundary("no-rule", "a copy that broadcasts")
     if out.dtype == value.val.dtype:
@@ -376,7 +373,7 @@ def _select(walk: Walk, node: fx.Node) -> RowValue:
 # Features of several values of the same rows, side by side.
 @_register("along features", [aten.cat.default])
 def _cat(walk: Walk, node: fx.Node) -> RowValue:
-    tensors = list(node.args[0])  # type: ignore[arg-type]
+    tensors = list(node.args[0])
     operands = [walk.env[t] for t in tensors if t in walk.env]
     like = operands[0]
     if not all(isinstance(o, RowValue) for o in operands) or not isinstance(like, RowValue):
@@ -400,10 +397,7 @@ def _pad(walk: Walk, node: fx.Node) -> RowValue:
         raise Boundary("mixes-rows", "rows are padded")
     by_dim = {len(x.is_row) - 1 - i: pad[2 * i : 2 * i + 2] for i in range(len(pad) // 2)}
     stored_pad = [
-        p
-        for d in reversed(range(len(x.is_row)))
-        if not x.is_row[d]
-        for p in by_dim.get(d, [0, 0])
+        p for d in reversed(range(len(x.is_row))) if not x.is_row[d] for p in by_dim.get(d, [0, 0])
     ]
     emitted = walk.emit(aten.constant_pad_nd.default, x.node, stored_pad, bound["value"])
     return walk.result(node, emitted, x.is_row, x, [x])
@@ -414,7 +408,7 @@ def _pad(walk: Walk, node: fx.Node) -> RowValue:
 @_register("along features", [aten.index.Tensor])
 def _index(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
-    indices = list(node.args[1])  # type: ignore[arg-type]
+    indices = list(node.args[1])
     indices += [None] * (len(x.is_row) - len(indices))
     if any(i is not None and i in walk.env for i in indices):
         raise Boundary("no-rule", "indexing by a tensor computed from the logits")
@@ -492,7 +486,7 @@ def _is_iota_of(index: fx.Node, dim: int, row_shape: Sequence[Any]) -> bool:
 def _is_whole_slice(node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
-    return same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+    return same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)
 
 
 # ---- products --------------------------------------------------------------------------------
@@ -550,7 +544,7 @@ def _bmm(walk: Walk, node: fx.Node) -> RowValue:
 @_register("product", [aten.embedding.default])
 def _embedding(walk: Walk, node: fx.Node) -> RowValue:
     table, index = node.args[0], node.args[1]
-    value = walk.env.get(index)  # type: ignore[arg-type]
+    value = walk.env.get(index)
     if table in walk.env or not isinstance(value, RowValue):
         raise Boundary("mixes-rows", "the table of an embedding is computed from the logits")
     emitted = walk.emit(aten.embedding.default, walk.shared(table), value.node)
@@ -580,7 +574,7 @@ def _view(walk: Walk, node: fx.Node) -> RowValue:
 @_register("layout", [aten.unsqueeze.default])
 def _unsqueeze(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
-    dim = int(node.args[1])  # type: ignore[call-overload, arg-type]
+    dim = int(node.args[1])
     dim = dim + len(x.is_row) + 1 if dim < 0 else dim
     emitted = walk.emit(aten.unsqueeze.default, x.node, 1 + sum(not r for r in x.is_row[:dim]))
     is_row = (*x.is_row[:dim], False, *x.is_row[dim:])
@@ -642,7 +636,7 @@ def _expand(walk: Walk, node: fx.Node) -> RowValue:
 
 def bind(node: fx.Node) -> dict[str, Any]:
     """A node's arguments by name, defaults included."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema
     bound = {
         arg.name: (arg.default_value if arg.has_default_value() else None)
         for arg in schema.arguments
@@ -750,5 +744,3 @@ def _dims(dims: Any, ndim: int) -> list[int]:
 def _two(node: fx.Node) -> tuple[Any, Any]:
     bound = list(bind(node).values())
     return bound[0], bound[1]
-
-

@@ -53,7 +53,6 @@ class Loop:
     value_kernel: Kernel | None = None
     full_kernel: Kernel | None = None
     grad_kernel: Kernel | None = None
-    name: str = "region"
     __weakref__: Any = field(init=False, repr=False, compare=False)
 
 
@@ -140,7 +139,11 @@ def _take(factor: Factor, at_hand: Mapping[str, Sequence[Tensor]]) -> Tensor:
 
 
 def _write_rows(
-    out: Tensor, gradient: Gradient, at_hand: Mapping[str, Sequence[Tensor]], fresh: slice, size: int
+    out: Tensor,
+    gradient: Gradient,
+    at_hand: Mapping[str, Sequence[Tensor]],
+    fresh: slice,
+    size: int,
 ) -> None:
     """Writes a row gradient where it belongs; a whole chunk's product without a temporary."""
     whole = out.shape[0] == size and out.dim() == 2
@@ -405,7 +408,9 @@ def _attach_backward(ctx: Any, grad: Tensor) -> Any:
             "computed in its forward pass, and how they depend on its inputs is not recorded"
         )
     upstream = grad.reshape(())
-    scaled = [g * upstream.to(torch.promote_types(g.dtype, torch.float32)) for g in ctx.saved_tensors]
+    scaled = [
+        g * upstream.to(torch.promote_types(g.dtype, torch.float32)) for g in ctx.saved_tensors
+    ]
     scaled = [s.to(g.dtype) for s, g in zip(scaled, ctx.saved_tensors, strict=True)]
     return grad, scaled, [None] * ctx.n
 

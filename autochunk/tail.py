@@ -179,9 +179,7 @@ def _trace_vjp(
         sized = dict(zip(sizes, args[len(stored) + len(inputs) :], strict=True))
         env: dict[fx.Node, Any] = dict(zip(inputs, given, strict=True))
         with torch.enable_grad():
-            leaves = [
-                y.detach().requires_grad_(i in grad_outputs) for i, y in enumerate(outputs)
-            ]
+            leaves = [y.detach().requires_grad_(i in grad_outputs) for i, y in enumerate(outputs)]
 
             def read(value: RowValue) -> torch.Tensor:
                 index = output_index(value, region)
@@ -199,7 +197,7 @@ def _trace_vjp(
                         if arg not in env:
                             env[arg] = read(lifted.values[arg])
                     args_, kwargs = map_args(node.args, env), map_args(node.kwargs, env)
-                env[node] = node.target(*args_, **kwargs)  # type: ignore[operator]
+                env[node] = node.target(*args_, **kwargs)
             wanted = [leaves[i] for i in grad_outputs]
             end = env[loss]
             one = torch.ones([1] * end.dim(), dtype=end.dtype, device=end.device)
@@ -234,7 +232,9 @@ def _to_logical(stored: torch.Tensor, value: RowValue, sizes: dict[str, Any]) ->
 def logical_order(is_row: Sequence[bool]) -> list[int]:
     """The permutation that takes ``[*rows, *features]`` to the user's order of dimensions."""
     n_rows = sum(is_row)
-    return [sum(is_row[:d]) if row else n_rows + d - sum(is_row[:d]) for d, row in enumerate(is_row)]
+    return [
+        sum(is_row[:d]) if row else n_rows + d - sum(is_row[:d]) for d, row in enumerate(is_row)
+    ]
 
 
 def _stored_fake(value: RowValue) -> torch.Tensor:

@@ -29,8 +29,8 @@ NARROW = 8
 REFUSAL_CODES: Mapping[str, str] = {
     "small": "The logits take fewer bytes than `min_bytes`; chunking would not pay.",
     "single-row": "The head is applied to one row; there is nothing to chunk.",
-    "dynamic-features": "The number of features (the vocabulary) is symbolic and does not come from a "
-    "parameter, so each new number would be compiled anew.",
+    "dynamic-features": "The number of features (the vocabulary) is symbolic and does not come "
+    "from a parameter, so each new number would be compiled anew.",
     "feeds-layer": "The wide output feeds another layer (an MLP's or attention's projection), "
     "so it is not a head whose output is reduced.",
     "not-reduced": "The graph never reduces the logits to a few numbers per row: they are only "

@@ -286,7 +286,11 @@ def head_all_frozen(x, w, y):
 
 @case(
     "fused",
-    lambda d: [torch.randn(H, N, dtype=torch.float64).to(d).t().requires_grad_(), _w(d), _labels(N)],
+    lambda d: [
+        torch.randn(H, N, dtype=torch.float64).to(d).t().requires_grad_(),
+        _w(d),
+        _labels(N),
+    ],
 )
 def head_transposed_input(x, w, y):
     return F.cross_entropy(F.linear(x, w), y)
@@ -420,7 +424,9 @@ def kl_to_teacher(x, w, y, x2, w2):
     with torch.no_grad():
         teacher = F.log_softmax(F.linear(x2, w2) / 2.0, -1)
     student = F.log_softmax(F.linear(x, w) / 2.0, -1)
-    return F.kl_div(student.view(-1, V), teacher.view(-1, V), log_target=True, reduction="batchmean")
+    return F.kl_div(
+        student.view(-1, V), teacher.view(-1, V), log_target=True, reduction="batchmean"
+    )
 
 
 @case("fused", two_heads)

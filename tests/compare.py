@@ -64,9 +64,7 @@ def widened(inputs: Sequence[Any]) -> list[Any]:
 def check(actual: Outcome, baseline: Outcome, exact: Outcome, dtype: torch.dtype) -> None:
     """Asserts that ``actual`` is about as good as ``baseline``."""
     assert len(actual.outputs) == len(baseline.outputs)
-    for i, triple in enumerate(
-        zip(actual.outputs, baseline.outputs, exact.outputs, strict=True)
-    ):
+    for i, triple in enumerate(zip(actual.outputs, baseline.outputs, exact.outputs, strict=True)):
         _check_one(f"output {i}", *triple, dtype)
     for i, triple in enumerate(
         zip(actual.gradients, baseline.gradients, exact.gradients, strict=True)

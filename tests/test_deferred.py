@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import pickle
 import re
-import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autochunk import DeferredTensor, StaleError, explain
+from autochunk import DeferredTensor
 
 HIDDEN, VOCABULARY = 8, 96
 OPTIONS = {"min_bytes": 0, "chunk_rows": 5, "strict": True}
@@ -45,13 +42,13 @@ def compiled(model: nn.Module, **kwargs: Any) -> Callable[..., Any]:
     return torch.compile(model, backend="autochunk", options=OPTIONS, **kwargs)
 
 
-@pytest.fixture()
+@pytest.fixture
 def model() -> LanguageModel:
     torch.manual_seed(0)
     return LanguageModel()
 
 
-@pytest.fixture()
+@pytest.fixture
 def ids() -> Tensor:
     torch.manual_seed(1)
     return torch.randint(0, VOCABULARY, (2, 7))
@@ -334,7 +331,7 @@ USES: dict[str, Callable[[Tensor], Any]] = {
     ),
     "func-vjp": lambda t: torch.func.vjp(torch.sin, t)[1](torch.ones_like(t)),
     "func-jvp": lambda t: torch.func.jvp(torch.sin, (t,), (torch.ones_like(t),)),
-    "device-context": lambda t: torch.device("cpu").__enter__() and None or t.sum(),
+    "device-context": lambda t: (torch.device("cpu").__enter__() and None) or t.sum(),
     # elsewhere
     "cpu": lambda t: t.cpu() is t,
     "to-meta": lambda t: (lambda m: (m.device, m.shape, m.requires_grad))(t.to("meta")),
