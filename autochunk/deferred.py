@@ -34,7 +34,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -94,11 +94,9 @@ class DeferredTensor(Tensor):
                 shared = self._use_count() > 1
             if shared or self._formula is None:
                 return plain
-            hooks = plain._backward_hooks  # the Python object's, unlike all else of a tensor
             torch._C._swap_tensor_impl(self, plain)
             del self._plain, self._formula
             self.__class__ = Tensor
-            self._backward_hooks = hooks
             return self
 
     @classmethod
@@ -222,6 +220,7 @@ class _Formula:
             torch.inference_mode(False),
             torch.set_grad_enabled(self.requires_grad),
             torch._C._DisableAutocast(),
+            saved_tensors_hooks(lambda t: t, lambda t: t),  # not those of a checkpoint around us
             _disable_current_modes(),
             temporarily_clear_interpreter_stack(),
         ):
@@ -303,5 +302,5 @@ _METADATA = _functions(
 
 #: Answered by ``plain`` before it has a value: FSDP, for one, hooks every output of a model.
 _AUTOGRAD = _functions(
-    attributes="grad_fn output_nr retains_grad", methods="register_hook retain_grad"
+    attributes="grad_fn output_nr retains_grad", methods="register_hook"
 )

@@ -481,6 +481,9 @@ def _region(name: str, walk: Walk, outputs: Sequence[RowValue]) -> Region:
     rows = [p for p in walk.row_inputs if p in needed]
     shared = [p for p in walk.shared_inputs if p in needed]
     body = _subgraph(walk.body, [*rows, *shared], [value.node for value in outputs])
+    for made, original in zip(body.graph.nodes, rows, strict=False):
+        features = row_input_features(walk.row_inputs[original])
+        made.meta["val"] = original.meta["val"].new_empty([outputs[0].rows, *features])
     grads = _differentiated(walk, outputs)
     heads = frozenset().union(*(value.heads for value in outputs))
     candidates = [c for c in walk.heads.values() if c.name in heads]
@@ -496,7 +499,7 @@ def _region(name: str, walk: Walk, outputs: Sequence[RowValue]) -> Region:
         outputs=tuple(outputs),
         chain=chain,
         heads=heads,
-        checks=tuple(_checks(walk, rows, needed)),
+        checks=tuple(_checks(walk, rows, shared, needed)),
         row_grads=tuple(i for i, p in enumerate(rows) if p in grads),
         shared_grads=tuple(i for i, p in enumerate(shared) if p in grads),
         rows=n_rows,
@@ -520,20 +523,26 @@ def _differentiated(walk: Walk, outputs: Sequence[RowValue]) -> set[fx.Node]:
     return seen & (rows | {p for p, source in walk.shared_inputs.items() if source in needed})
 
 
-def _checks(walk: Walk, rows: Sequence[fx.Node], needed: set[fx.Node]) -> list[IndexCheck]:
+def _checks(
+    walk: Walk, rows: Sequence[fx.Node], shared: Sequence[fx.Node], needed: set[fx.Node]
+) -> list[IndexCheck]:
     checks = []
     for index, size, wraps, source in walk.index_uses:
         if index not in needed:
             continue
         ancestors = _ancestors([index])
-        inputs = [p for p in ancestors if p.op == "placeholder"]
-        if not inputs or any(p not in walk.row_inputs for p in inputs):
-            continue
         used = [p for p in rows if p in ancestors]
+        used_shared = [p for p in shared if p in ancestors]
+        # One computed from a weight is computed from the logits: not the user's.
+        if not [*used, *used_shared] or any(
+            p.meta["val"].is_floating_point() for p in used_shared
+        ):
+            continue
         checks.append(
             IndexCheck(
-                graph=_subgraph(walk.body, used, [index]),
+                graph=_subgraph(walk.body, [*used, *used_shared], [index]),
                 row_inputs=tuple(rows.index(p) for p in used),
+                shared_inputs=tuple(shared.index(p) for p in used_shared),
                 size=int(size),  # specialises a symbolic one, as all features of a kernel are
                 wraps=wraps,
                 source=source,

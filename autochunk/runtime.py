@@ -84,7 +84,7 @@ def run_loop(
     """
     spec = loop.spec
     total = rows[0].shape[0]
-    check_indices(loop, rows)
+    check_indices(loop, rows, shared)
     rows = [r.contiguous() for r in rows]
     cotangents = [c.contiguous() for c in cotangents]
     shared = [_as_expected(t, s) for t, s in zip(shared, spec.shared, strict=True)]
@@ -240,26 +240,27 @@ def _as_expected(t: Tensor, spec: Any) -> Tensor:
     return made.copy_(t)
 
 
-def check_indices(loop: Loop, rows: Sequence[Tensor]) -> None:
+def check_indices(loop: Loop, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
     """Raises what eager PyTorch would raise for an index that no feature has.
 
     On CUDA the check would wait for the device; the device's own assertion is left to report it.
 
     Raises:
-        IndexError: naming the index, its row and the user's line.
+        IndexError: naming the index, where it stands and the user's line.
     """
     for check in loop.checks:
-        inputs = [rows[i] for i in check.row_inputs]
-        if inputs[0].device.type != "cpu" or inputs[0].shape[0] == 0:
+        inputs = [rows[i] for i in check.row_inputs] + [shared[i] for i in check.shared_inputs]
+        if inputs[0].device.type != "cpu" or rows[0].shape[0] == 0:
             continue
         (index,) = check.graph(*inputs)
         low = -check.size if check.wraps else 0
         bad = (index < low) | (index >= check.size)
         if bad.any():
             at = bad.nonzero()[0]
+            place = f"row {int(at[0])} of the" if check.row_inputs else "the"
             where = f" ({check.source})" if check.source else ""
             raise IndexError(
-                f"Target {int(index[tuple(at)])} is out of bounds: row {int(at[0])} of the "
+                f"Target {int(index[tuple(at)])} is out of bounds: {place} "
                 f"chunked head addresses one of {check.size} features{where}"
             )
 

@@ -203,8 +203,9 @@ class IndexCheck:
     """Indices that come from the user and pick a feature: checked before the loop.
 
     Attributes:
-        graph: Computes them from ``row_inputs``, ``[rows, ...]``.
+        graph: Computes them from ``row_inputs``, ``[rows, ...]``, then ``shared_inputs``.
         row_inputs: Positions in the region's row inputs.
+        shared_inputs: Positions in the region's shared inputs.
         size: Number of features they may address.
         wraps: Whether negative indices count from the end.
         source: The user's line.
@@ -212,6 +213,7 @@ class IndexCheck:
 
     graph: fx.GraphModule
     row_inputs: tuple[int, ...]
+    shared_inputs: tuple[int, ...]
     size: int
     wraps: bool
     source: str

@@ -1,0 +1,163 @@
+"""Peak memory and time of a training step, autochunk next to Inductor, in one interleaved run.
+
+    python examples/measure.py head                  a head and its loss, 2048 × 512 × 128256
+    python examples/measure.py head --dtype bfloat16
+    python examples/measure.py model                 a Hugging Face Llama of 2 layers, labels inside
+
+The methods take turns in one process. The peak is that of one forward and backward pass above what
+the process held before it: on a CPU from the kernel's high-water mark, on CUDA from the allocator.
+Exits with 1 if losses or gradient norms disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+
+
+def main() -> int:
+    """Measures and prints; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["head", "model"])
+    parser.add_argument("--rows", type=int, default=2048, help="tokens (model: in 2 sequences)")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=7, help="measured steps of each method")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    steps, parameters = (head if args.what == "head" else model)(args)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    peaks: dict[str, list[float]] = {name: [] for name in steps}
+    results: dict[str, tuple[float, float]] = {}
+    for repeat in range(args.steps + 1):  # the first compiles
+        for name, step in steps.items():
+            for parameter in parameters:
+                parameter.grad = None
+            base = start_peak(args.device)
+            begin = time.perf_counter()
+            loss = step()
+            loss.backward()
+            synchronize(args.device)
+            if repeat:
+                seconds[name].append(time.perf_counter() - begin)
+                peaks[name].append(read_peak(args.device) - base)
+            norm = parameters[0].grad.float().norm().item()
+            results[name] = (loss.item(), norm)
+            del loss
+    first = next(iter(steps))
+    rows = []
+    for name in steps:
+        middle = statistics.median(seconds[name])
+        rows.append(
+            [
+                name,
+                f"{results[name][0]:.6f}",
+                f"{max(peaks[name]):.0f}",
+                f"{max(peaks[name]) / max(peaks[first]):.3f}",
+                f"{middle:.2f}",
+                f"{min(seconds[name]):.2f} – {max(seconds[name]):.2f}",
+                f"{middle / statistics.median(seconds[first]):.2f}",
+            ]
+        )
+    print(
+        f"{args.what}: {args.rows} × {args.hidden} × {args.vocabulary}, {args.dtype}, {args.device}"
+    )
+    headers = ["method", "loss", "peak MiB", "ratio", "median s", "range s", "ratio"]
+    print(tabulate(rows, headers, disable_numparse=True))
+    tolerance = 1e-5 if args.dtype == "float32" else 5e-3
+    for name, (loss, norm) in results.items():
+        reference_loss, reference_norm = results[first]
+        if not (
+            abs(loss - reference_loss) <= tolerance * abs(reference_loss)
+            and abs(norm - reference_norm) <= 10 * tolerance * abs(reference_norm)
+        ):
+            print(f"{name} disagrees with {first}: loss {loss}, gradient norm {norm}")
+            return 1
+    return 0
+
+
+def head(args):
+    """A linear layer and cross entropy."""
+    dtype, device = getattr(torch, args.dtype), args.device
+    x = torch.randn(args.rows, args.hidden, device=device).to(dtype).requires_grad_()
+    w = (torch.randn(args.vocabulary, args.hidden, device=device) * 0.02).to(dtype).requires_grad_()
+    y = torch.randint(0, args.vocabulary, (args.rows,), device=device)
+
+    def loss(x, w, y):
+        return F.cross_entropy(F.linear(x, w).float(), y)
+
+    compiled = {name: torch.compile(loss, backend=name) for name in ("inductor", "autochunk")}
+    return {name: (lambda f=f: f(x, w, y)) for name, f in compiled.items()}, [w, x]
+
+
+def model(args):
+    """A Hugging Face Llama, and for Inductor also a step that returns nothing but the loss."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.hidden,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=args.vocabulary,
+        tie_word_embeddings=True,
+    )
+    net = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype))
+    ids = torch.randint(0, args.vocabulary, (2, args.rows // 2), device=args.device)
+
+    def loss_only(ids):
+        return net(input_ids=ids, labels=ids).loss
+
+    compiled = {name: torch.compile(net, backend=name) for name in ("inductor", "autochunk")}
+    alone = torch.compile(loss_only, backend="inductor")
+    steps = {
+        "inductor": lambda: compiled["inductor"](input_ids=ids, labels=ids).loss,
+        "inductor, loss only": lambda: alone(ids),
+        "autochunk": lambda: compiled["autochunk"](input_ids=ids, labels=ids).loss,
+    }
+    return steps, list(net.parameters())
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def start_peak(device: str) -> float:
+    """MiB held now; the peak is counted from here on."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return _status("VmRSS")
+
+
+def read_peak(device: str) -> float:
+    """MiB at the peak."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _status("VmHWM")
+
+
+def _status(key: str) -> float:
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields[key].split()[0]) / 2**10
+
+
+if __name__ == "__main__":
+    sys.exit(main())
