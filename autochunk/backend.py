@@ -57,7 +57,9 @@ def autochunk(
     parsed = Options.parse(options, mode)
     graph = next_graph()
     try:
-        made = _rewrite(gm, parsed, graph)
+        # Anomaly detection looks for nan in each gradient, which a traced one cannot answer.
+        with torch.autograd.set_detect_anomaly(False):
+            made = _rewrite(gm, parsed, graph)
         compiled = made.compile(example_inputs, parsed)
         publish(made.report, parsed.debug is not None)
         return compiled

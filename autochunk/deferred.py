@@ -122,14 +122,21 @@ class DeferredTensor(Tensor):
             )
         return func(*args, **kwargs)
 
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        if TracingContext.try_get() is not None:
+            return f"DeferredTensor({self._plain!r})"
+        return repr(self.materialize())
+
     # ---- what torch.compile needs to look inside
 
     @property
     def _value(self) -> Tensor:
         with _LOCK:
             if self._formula is not None:
-                if self._version:
-                    raise RuntimeError(_MODIFIED.format("A custom autograd Function (mark_dirty)"))
+                with torch._C.DisableTorchFunctionSubclass():
+                    history = self.grad_fn
+                if not isinstance(history, (type(None), _Identity._backward_cls)):
+                    raise RuntimeError(_MODIFIED.format("a custom autograd Function (mark_dirty)"))
                 self._formula.fill(self._plain)
             return self._plain
 
@@ -220,7 +227,7 @@ class _Formula:
             torch.inference_mode(False),
             torch.set_grad_enabled(self.requires_grad),
             torch._C._DisableAutocast(),
-            saved_tensors_hooks(lambda t: t, lambda t: t),  # not those of a checkpoint around us
+            _no_saved_tensors_hooks(),
             _disable_current_modes(),
             temporarily_clear_interpreter_stack(),
         ):
@@ -241,6 +248,13 @@ class _Formula:
             )
         )
         return [next(found) if want else None for want in wanted]
+
+
+def _no_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
+    """A checkpoint around us, for one, must not count what a formula saves."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    return saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def _state_of(tensor: Tensor) -> tuple[int, int]:

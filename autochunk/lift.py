@@ -534,9 +534,7 @@ def _checks(
         used = [p for p in rows if p in ancestors]
         used_shared = [p for p in shared if p in ancestors]
         # One computed from a weight is computed from the logits: not the user's.
-        if not [*used, *used_shared] or any(
-            p.meta["val"].is_floating_point() for p in used_shared
-        ):
+        if not [*used, *used_shared] or any(p.meta["val"].is_floating_point() for p in used_shared):
             continue
         checks.append(
             IndexCheck(

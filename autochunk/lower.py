@@ -73,7 +73,13 @@ def cone_of(graph: fx.Graph, heads: Sequence[fx.Node]) -> list[fx.Node]:
 
 def refuse_to_lower(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
     """A construct in a candidate's cone that must not be lowered, as a refusal."""
-    for node in cone_of(graph, [candidate.node]):
+    cone = cone_of(graph, [candidate.node])
+    transform = _transform_around(graph, set(cone))
+    if transform is not None:
+        return Refusal(
+            "higher-order", "torch.func", f"inside {op_name(transform)}", source_line(transform)
+        )
+    for node in cone:
         target = node.target
         if isinstance(target, torch._ops.HigherOrderOperator):
             custom = "autograd_function" in str(target)
@@ -87,6 +93,20 @@ def refuse_to_lower(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
         if node.op == "call_module" or (node.op == "call_function" and _is_grad_function(target)):
             return Refusal("custom-function", op_name(node), f"{target}", source_line(node))
     return _refuse_mutation(graph, candidate)
+
+
+def _transform_around(graph: fx.Graph, cone: set[fx.Node]) -> fx.Node | None:
+    """The call that begins a ``torch.func`` transform (grad, vmap, jvp) with ``cone`` inside."""
+    begun: list[fx.Node] = []
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name.endswith("_increment_nesting"):
+            begun.append(node)
+        elif name.endswith("_decrement_nesting"):
+            begun.pop()
+        elif begun and node in cone:
+            return begun[-1]
+    return None
 
 
 def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:

@@ -331,7 +331,9 @@ def _index_select(walk: Walk, node: fx.Node) -> RowValue:
     if bound["index"] in walk.env:
         raise Boundary("no-rule", "features are selected by an index computed from the logits")
     (stored,) = stored_dims(x, [dim])
-    emitted = walk.emit(aten.index_select.default, x.node, stored, walk.shared(bound["index"]))
+    picked = walk.shared(bound["index"])
+    walk.note_index(picked, x.shape[dim], wraps=False, node=node)
+    emitted = walk.emit(aten.index_select.default, x.node, stored, picked)
     return walk.result(node, emitted, x.is_row, x, [x])
 
 

@@ -157,17 +157,14 @@ def _retain_grad(logits: Tensor) -> Tensor:
 
 
 def _hooks(logits: Tensor) -> Tensor:
-    logits.register_hook(lambda g: g * 2)
+    """One registered before the value is there, one after."""
+    handles = [logits.register_hook(lambda g: g * 2)]
     total = logits.sum()
-    logits.register_hook(lambda g: g + 1)
-    return torch.autograd.grad(total, logits)[0]
-
-
-def _removed_hook(logits: Tensor) -> Tensor:
-    handle = logits.register_hook(lambda g: g * 2)
-    total = logits.sum()
-    handle.remove()
-    return torch.autograd.grad(total, logits)[0]
+    handles.append(logits.register_hook(lambda g: g + 1))
+    (gradient,) = torch.autograd.grad(total, logits, retain_graph=True)
+    for handle in handles:
+        handle.remove()
+    return gradient
 
 
 def _set_data(logits: Tensor) -> Tensor:
@@ -366,7 +363,6 @@ USES: dict[str, Callable[[Tensor], Any]] = {
     # autograd
     "retain-grad": _retain_grad,
     "hooks": _hooks,
-    "removed-hook": _removed_hook,
     "grad-wrt": lambda t: torch.autograd.grad(t.square().sum(), t),
     "grad-of": lambda t: torch.autograd.grad(t, t, torch.ones_like(t)),
     "grad-of-grad": lambda t: torch.autograd.grad(
@@ -415,3 +411,102 @@ def test_use(use: Callable[[Tensor], Any], grad: bool, pair: Any, ids: Tensor) -
             found = [outcome(total.backward), gradients(model)]
         results.append(plain([result, after, found]))
     assert_same(results[1], results[0])
+
+
+# ---- other compiled functions ------------------------------------------------------------------
+
+BACKENDS = ["eager", "aot_eager", "inductor", "autochunk"]
+
+
+def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().view(-1, VOCABULARY), ids.view(-1), reduction="sum")
+
+
+def _distil(logits: Tensor, weight: Tensor) -> Tensor:
+    """The deferred logits are a teacher's, another head is the student's."""
+    student = F.linear(torch.ones(2, 7, HIDDEN) / 3, weight)
+    return F.kl_div(
+        student.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="sum"
+    )
+
+
+def _many(logits: Tensor, ids: Tensor) -> list[Tensor]:
+    return [logits, logits.view(-1, VOCABULARY), logits.detach(), logits[0] * 2, logits.argmax(-1)]
+
+
+def _modify(logits: Tensor, ids: Tensor) -> Tensor:
+    logits.mul_(2)
+    logits[:, 0] = 1
+    return logits.logsumexp(-1)
+
+
+def _metadata(logits: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
+    kind = isinstance(logits, Tensor), logits.requires_grad, logits.dtype, logits.is_leaf
+    return logits.new_ones(logits.shape[-1]), kind
+
+
+class _Holder:
+    """Compiled functions find tensors in attributes, too."""
+
+    logits: Tensor
+
+    def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
+        self.logits = logits
+        return self._loss(ids)
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        return _loss(self.logits, ids)
+
+
+SECOND = {
+    "loss": _loss,
+    "two-arguments": lambda t, ids: (t * t).sum() + _loss(t, ids),
+    "dict": lambda t, ids: {"a": t.softmax(-1), "b": [t + 1]},
+    "many": _many,
+    "modify": _modify,
+    "metadata": _metadata,
+    "nothing": lambda t, ids: ids + 1,
+    "unbind": lambda t, ids: [row.sum() for row in t],
+    "function": lambda t, ids: _Square.apply(t),
+    "checkpoint": lambda t, ids: torch.utils.checkpoint.checkpoint(
+        torch.sin, t, use_reentrant=False
+    ),
+    "under-no-grad": lambda t, ids: torch.no_grad()(lambda: t.exp().sum())(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", SECOND)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_compiled_function(
+    backend: str, name: str, grad: bool, pair: Any, ids: Tensor
+) -> None:
+    """It sees the value, with gradients flowing, and compiles once for all deferred tensors."""
+    model, step = pair
+    compiles = []
+
+    def counting(gm: Any, inputs: Any) -> Any:
+        compiles.append(gm)
+        return torch._dynamo.lookup_backend(backend)(gm, inputs)
+
+    second = torch.compile(lambda t, i: SECOND[name](t, i), backend=counting, fullgraph=True)
+    for _ in range(3):
+        results = []
+        for function, use in ((model, SECOND[name]), (step, second)):
+            with torch.set_grad_enabled(grad):
+                loss, logits = function(ids)
+                assert type(logits) is (Tensor if function is model else DeferredTensor)
+                result = use(logits, ids)
+            after = [logits, logits.sum()]
+            found = []
+            if grad:
+                total = loss
+                for value in torch.utils._pytree.tree_leaves([result, after]):
+                    if isinstance(value, Tensor) and value.requires_grad:
+                        total = total + value.square().sum()
+                total.backward()
+                found = gradients(model)
+            results.append(plain([result, after, found]))
+        assert_same(results[1], results[0])
+    assert len(compiles) <= 1

@@ -331,6 +331,103 @@ def test_create_graph_of_the_ops() -> None:
         torch.autograd.grad(attached, x_NH, create_graph=True)
 
 
+# ---- hooks and transforms --------------------------------------------------------------------
+
+
+def test_step_inside_backward() -> None:
+    """Hooks that scale a gradient and update the weight while the backward pass still runs."""
+    x_NH, w_VH, y_N = data()
+
+    def train(function: Callable[..., Tensor]) -> Tensor:
+        weight = nn.Parameter(w_VH.detach().clone())
+        weight.register_hook(lambda gradient: gradient * 3)
+
+        @torch.no_grad()
+        def step(parameter: Tensor) -> None:
+            parameter.sub_(parameter.grad)
+            parameter.grad = None
+
+        weight.register_post_accumulate_grad_hook(step)
+        for _ in range(3):
+            function(leaf(x_NH), weight, y_N).backward()
+        return weight.detach()
+
+    wanted = train(loss_of)
+    for strategy in ("fused", "recompute"):
+        torch._dynamo.reset()
+        torch.testing.assert_close(train(compiled(loss_of, strategy=strategy)), wanted)
+
+
+def test_weight_modified_before_backward() -> None:
+    """The gradient at the weight that the loss was computed with; or autograd's own error."""
+    x_NH, w_VH, y_N = data()
+    exact = gradients((x_NH, w_VH, y_N))
+    for strategy in ("fused", "recompute"):
+        torch._dynamo.reset()
+        x, w = leaf(x_NH), leaf(w_VH)
+        loss = compiled(loss_of, strategy=strategy)(x, w, y_N)
+        with torch.no_grad():
+            w.mul_(2)
+        if strategy == "fused":
+            loss.backward()
+            assert error(w.grad, exact[1]) < 1e-6
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
+def test_hook_on_the_logits() -> None:
+    def function(x_NH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
+        logits_NV = F.linear(x_NH, w_VH)
+        logits_NV.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+        return F.cross_entropy(logits_NV, y_N)
+
+    assert refusal_of(function, data()) == "higher-order"
+
+
+def test_transforms() -> None:
+    """``torch.func`` around the compiled function, and inside of it around the head."""
+    x_NH, w_VH, y_N = data()
+    x, w = x_NH.detach(), w_VH.detach()
+
+    def inside(x_NH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
+        return torch.func.grad(loss_of, argnums=1)(x_NH, w_VH, y_N)
+
+    def batched(x_NH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
+        return torch.vmap(loss_of, in_dims=(0, None, 0))(x_NH[None], w_VH, y_N[None])
+
+    for function in (inside, batched):
+        torch._dynamo.reset()
+        assert refusal_of(function, (x, w, y_N)) == "higher-order"
+    torch._dynamo.reset()
+    around = torch.func.grad(compiled(loss_of), argnums=1)(x, w, y_N)
+    torch.testing.assert_close(around, inside(x, w, y_N))
+
+
+def refusal_of(function: Callable[..., Any], inputs: Sequence[Any]) -> str:
+    """The code its one head is refused with; its result must be right."""
+    with collect() as reports:
+        assert_same(compiled(function), function, inputs)
+    ((row,),) = [report.refused for report in reports]
+    assert row.refusal is not None
+    return row.refusal.code
+
+
+def test_anomaly_detection() -> None:
+    """Compiling under it works, and it still finds the nan."""
+    x_NH, w_VH, y_N = data()
+    with pytest.warns(UserWarning, match="Anomaly Detection has been enabled"):
+        context = torch.autograd.detect_anomaly()
+    with context:
+        check_chunked(loss_of, (x_NH, w_VH, y_N))
+        bad = x_NH.detach().clone()
+        bad[3] = float("nan")
+        loss = compiled(loss_of)(bad.requires_grad_(), w_VH, y_N)
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            loss.backward()
+    assert w_VH.grad is None
+
+
 # ---- modes -----------------------------------------------------------------------------------
 
 
@@ -582,6 +679,35 @@ def test_index_out_of_range(
         assert w_VH.grad is None
     y_N[13] = good
     assert_same(once, function, (x_NH, w_VH, y_N))
+
+
+def columns(x_NH: Tensor, w_VH: Tensor, k: Tensor) -> Tensor:
+    return F.log_softmax(F.linear(x_NH, w_VH), -1)[:, k].sum()
+
+
+def selected(x_NH: Tensor, w_VH: Tensor, k: Tensor) -> Tensor:
+    return F.log_softmax(F.linear(x_NH, w_VH), -1).index_select(-1, k).sum()
+
+
+@pytest.mark.parametrize("function", [columns, selected])
+def test_index_of_features_out_of_range(function: Callable[..., Tensor]) -> None:
+    """Indices that all rows share; a kernel that trusted them would read foreign memory."""
+    x_NH, w_VH, _ = data()
+    once = compiled(function)
+    compare(once, function, (x_NH, w_VH, torch.tensor([3, V - 1, 7])))
+    with pytest.raises(IndexError, match="Target 500 is out of bounds: the chunked head "):
+        once(x_NH, w_VH, torch.tensor([3, 500, 7]))
+
+
+def test_index_out_of_range_in_a_dynamic_graph() -> None:
+    x_NH, w_VH, y_N = data()
+    once = compiled(loss_of, dynamic=True)
+    assert_same(once, loss_of, (x_NH, w_VH, y_N))
+    y_N[5] = V
+    with pytest.raises(IndexError, match=f"Target {V} is out of bounds: row 5 "):
+        once(x_NH, w_VH, y_N)
+    with torch.no_grad(), pytest.raises(IndexError, match=f"Target {V} is out of bounds: row 5 "):
+        once(x_NH, w_VH, y_N)
 
 
 # ---- failures inside the loop ----------------------------------------------------------------

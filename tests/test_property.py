@@ -1,0 +1,183 @@
+"""Random tails: programs composed of row ops, reductions, masks and losses, against float64.
+
+AUTOCHUNK_PROGRAMS=5000 python -m pytest tests/test_property.py    the nightly-style run
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from compare import check, run, widened
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import autochunk
+
+PROGRAMS = int(os.environ.get("AUTOCHUNK_PROGRAMS", "60"))
+B, T, H, V = 2, 5, 4, 64
+
+#: Wide → wide. ``p`` holds the program's side inputs.
+WIDE = {
+    "scale": lambda z, p: z * 0.7,
+    "softcap": lambda z, p: 5 * torch.tanh(z / 5),
+    "upcast": lambda z, p: z.to(torch.promote_types(z.dtype, torch.float32)),
+    "bias": lambda z, p: z + p["per_feature"],
+    "per row": lambda z, p: z * p["per_row"],
+    "per batch": lambda z, p: z / p["per_batch"],
+    "relu": lambda z, p: F.relu(z) + 0.1 * z,
+    "mask": lambda z, p: z.masked_fill(p["banned"], -30.0),
+    "log_softmax": lambda z, p: F.log_softmax(z, -1),
+    "centre": lambda z, p: z - z.mean(-1, keepdim=True),
+    "normalise": lambda z, p: z / (1 + z.norm(dim=-1, keepdim=True)),
+    "detached max": lambda z, p: z - z.detach().amax(-1, keepdim=True),
+    "in place": lambda z, p: z.clone().mul_(1.1),
+    "vocabulary slice": lambda z, p: z[..., : z.shape[-1] // 2] + z[..., z.shape[-1] // 2 :],
+    "sequence first": lambda z, p: z.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+#: Wide → one number a row.
+REDUCE = {
+    "logsumexp": lambda z, p: z.logsumexp(-1),
+    "gather": lambda z, p: z.gather(-1, p["labels"] % z.shape[-1]).squeeze(-1),
+    "nll": lambda z, p: z.logsumexp(-1) - z.gather(-1, p["labels"] % z.shape[-1]).squeeze(-1),
+    "cross_entropy": lambda z, p: F.cross_entropy(
+        z.flatten(0, 1), (p["labels"] % z.shape[-1]).flatten(), reduction="none"
+    ).view(z.shape[:-1]),
+    "mean square": lambda z, p: z.square().mean(-1),
+    "entropy": lambda z, p: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1),
+    "max": lambda z, p: z.amax(-1),
+    "std": lambda z, p: z.std(-1),
+    "top-3": lambda z, p: z.topk(3, dim=-1).values.sum(-1),
+}
+
+#: One number a row → one number a row.
+NARROW = {
+    "keep": lambda y, p: y,
+    "tanh": lambda y, p: torch.tanh(y),
+    "ratio": lambda y, p: torch.exp(0.1 * (y - y.detach())) * p["advantage"],
+    "masked": lambda y, p: torch.where(p["mask"], y, torch.zeros_like(y)),
+    "detach": lambda y, p: y.detach() * p["advantage"],
+}
+
+#: One number a row → the loss.
+END = {
+    "sum": lambda y, p: y.sum(),
+    "mean": lambda y, p: y.mean(),
+    "masked mean": lambda y, p: (y * p["mask"]).sum() / p["mask"].sum().clamp(min=1),
+    "per sequence": lambda y, p: (y.sum(-1) / p["mask"].sum(-1).clamp(min=1)).mean(),
+    "log-sigmoid": lambda y, p: -F.logsigmoid(y.sum(-1)).mean(),
+    "none": lambda y, p: y,
+    "square of sum": lambda y, p: y.mean().square(),
+    "shifted": lambda y, p: (y[:, 1:] * y[:, :-1]).mean(),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One generated loss function."""
+
+    wide: tuple[str, ...]
+    terms: tuple[tuple[str, str, str], ...]
+    combined: bool
+    shifted: bool
+    dtype: torch.dtype
+    weight_grad: bool
+    input_grad: bool
+    chunk_rows: int
+    strategy: str
+    dynamic: bool
+
+    def __call__(self, x, w, per_feature, per_row, per_batch, advantage, banned, mask, labels):
+        p = {
+            "per_feature": per_feature,
+            "per_row": per_row,
+            "per_batch": per_batch,
+            "advantage": advantage,
+            "banned": banned,
+            "mask": mask,
+            "labels": labels,
+        }
+        z = F.linear(x, w)
+        if self.shifted:
+            z = z[:, :-1]
+            p = {k: v[:, 1:] if v.dim() > 1 and v.shape[1] == T else v for k, v in p.items()}
+        for name in self.wide:
+            if name not in ("bias", "mask") or z.shape[-1] == V:
+                z = WIDE[name](z, p)
+        ends = [END[c](NARROW[b](REDUCE[a](z, p), p), p) for a, b, c in self.terms]
+        if self.combined:
+            return sum(end.mean() for end in ends)
+        return tuple(ends)
+
+    def inputs(self):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
+
+        return [
+            normal(B, T, H).requires_grad_(self.input_grad),
+            normal(V, H).requires_grad_(self.weight_grad),
+            normal(V).requires_grad_(),
+            (normal(B, T, 1).abs() + 0.5).requires_grad_(),
+            normal(B, 1, 1).abs() + 0.5,
+            normal(B, T),
+            torch.arange(V) % 7 == 6,
+            torch.rand(B, T, generator=generator) > 0.3,
+            torch.randint(0, V, (B, T, 1), generator=generator),
+        ]
+
+
+programs = st.builds(
+    Program,
+    wide=st.lists(st.sampled_from(sorted(WIDE)), max_size=4).map(tuple),
+    terms=st.lists(
+        st.tuples(*(st.sampled_from(sorted(t)) for t in (REDUCE, NARROW, END))),
+        min_size=1,
+        max_size=3,
+    ).map(tuple),
+    combined=st.booleans(),
+    shifted=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    weight_grad=st.booleans(),
+    input_grad=st.booleans(),
+    chunk_rows=st.integers(1, 12),
+    strategy=st.sampled_from(["auto", "recompute"]),
+    dynamic=st.booleans(),
+)
+
+
+@given(program=programs)
+@settings(
+    max_examples=PROGRAMS,
+    deadline=None,
+    derandomize=PROGRAMS <= 60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_generated_programs(program: Program, no_codegen):
+    torch._dynamo.reset()
+    inputs = program.inputs()
+    found = []
+
+    def chunked(*args):
+        if program.dynamic:
+            torch._dynamo.maybe_mark_dynamic(args[0], [0, 1])
+        explanation = autochunk.explain(
+            program,
+            options={
+                "min_bytes": 0,
+                "chunk_rows": program.chunk_rows,
+                "strategy": program.strategy,
+                "strict": True,
+            },
+        )(*args)
+        found.append(explanation)
+        return explanation.result
+
+    actual = run(chunked, inputs)
+    assert found[0].reports, "Dynamo captured nothing"
+    assert found[0].chunked, found[0]
+    check(actual, run(program, inputs), run(program, widened(inputs)), program.dtype)
