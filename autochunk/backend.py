@@ -192,6 +192,7 @@ def _spec(region: Region, decided: Plan, options: Options) -> BodySpec:
         grad_outputs=region.grad_outputs if grads else (),
         chunk_rows=decided.chunk_rows,
         symbolic=decided.dynamic,
+        checked=region.all_checked,
         inductor=options.inductor,
     )
 
@@ -208,6 +209,7 @@ def _key(spec: BodySpec, decided: Plan, region: Region) -> str:
         spec.grad_outputs,
         spec.chunk_rows,
         spec.symbolic,
+        spec.checked,
         sorted((k, repr(v)) for k, v in spec.inductor.items()),
         decided.strategy,
         decided.accumulate_dtype,

@@ -17,9 +17,10 @@ inside the op that runs the loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -67,6 +68,7 @@ class BodySpec:
         grad_outputs: Outputs that have a cotangent.
         chunk_rows: Rows of a chunk (the most, where symbolic).
         symbolic: Whether any number of rows up to ``chunk_rows`` may come.
+        checked: Whether all indices are known to be in range before the loop runs (on a CPU).
         inductor: Options for Inductor.
     """
 
@@ -79,6 +81,7 @@ class BodySpec:
     grad_outputs: tuple[int, ...]
     chunk_rows: int
     symbolic: bool
+    checked: bool
     inductor: Mapping[str, Any]
 
     @property
@@ -123,6 +126,7 @@ class Kernel:
     Attributes:
         run: Takes row inputs, shared inputs, cotangents and buffers of one chunk, returns the
             results.
+        symbolic: Whether it takes any number of rows.
         values: Number of outputs of the region, which the results begin with.
         heads: Products that fill the buffers.
         row_grads, shared_grads: How to make the gradients.
@@ -130,6 +134,7 @@ class Kernel:
     """
 
     run: Callable[[list[Any]], Sequence[torch.Tensor]]
+    symbolic: bool
     values: int
     heads: tuple[Head, ...]
     row_grads: tuple[Gradient, ...]
@@ -156,19 +161,23 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool) -> Kernel:
         with fake_mode, enable_python_dispatcher(), torch.no_grad():
             gm = make_fx(
                 _function(spec, values=values, grads=grads),
-                decomposition_table={**select_decomp_table(), **_DECOMPOSITIONS},
+                decomposition_table={**select_decomp_table(), **_decompositions(spec)},
                 tracing_mode="real",
             )(*inputs)
         gm = joint_graph_passes(gm)
-        _simplify(gm)
+        if spec.checked:
+            _simplify(gm)
         n_values = len(spec.outputs) if values else 0
         n_row_grads = len(spec.row_grads) if grads else 0
         heads, gradients = _peel(gm, len(spec.rows) + len(spec.shared), n_values)
         inputs = [p.meta["val"] for p in gm.graph.nodes if p.op == "placeholder"]
         graph = gm.print_readable(print_output=False)
         run = compile_fx_inner(gm, inputs)
+    if spec.symbolic and not _holds_for_all_rows(shape_env, spec.chunk_rows):
+        return compile_body(replace(spec, symbolic=False), values=values, grads=grads)
     return Kernel(
         run=run,
+        symbolic=spec.symbolic,
         values=n_values,
         heads=heads,
         row_grads=gradients[:n_row_grads],
@@ -178,9 +187,20 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool) -> Kernel:
 
 
 def _inductor_config(spec: BodySpec) -> dict[str, Any]:
-    # Indices are checked before the loop with an error that names them; the assertion in a CPU
+    # Checked indices raise an error that names them before the loop; the assertion in a CPU
     # kernel would abort the process.
-    return {**spec.inductor, "assert_indirect_indexing": False}
+    if spec.checked and spec.device.type == "cpu":
+        return {**spec.inductor, "assert_indirect_indexing": False}
+    return dict(spec.inductor)
+
+
+def _holds_for_all_rows(shape_env: ShapeEnv, most: int) -> bool:
+    """Whether what the compiler assumed of the symbolic number of rows is true up to ``most``."""
+    return all(
+        guard.expr.subs(dict.fromkeys(guard.expr.free_symbols, rows)) == sympy.true
+        for guard in shape_env.guards
+        for rows in range(MIN_SYMBOLIC_ROWS, most + 1)
+    )
 
 
 def _fakes(
@@ -289,7 +309,11 @@ def _gather(
     return torch.where(hot, x, zero).sum(dim, keepdim=True, dtype=x.dtype)
 
 
-_DECOMPOSITIONS = {aten.scatter_add.default: _scatter_add, aten.gather.default: _gather}
+def _decompositions(spec: BodySpec) -> dict[Any, Callable[..., Any]]:
+    """Ours besides Inductor's; comparisons need indices that are known to be in range."""
+    if not spec.checked:
+        return {}
+    return {aten.scatter_add.default: _scatter_add, aten.gather.default: _gather}
 
 
 # ---- the traced graph ------------------------------------------------------------------------

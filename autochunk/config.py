@@ -6,11 +6,13 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_origin
 
 import torch
+from torch._dynamo.exc import ShortenTraceback
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SWITCH = {"": False, "0": False, "false": False, "1": True, "true": True}
 _STRATEGIES = ("auto", "fused", "recompute")
 _ACCUMULATE_DTYPES = {
     "float32": torch.float32,
@@ -20,8 +22,15 @@ _ACCUMULATE_DTYPES = {
 }
 
 
-class OptionError(ValueError):
-    """An option of the backend is unknown, ill-typed or contradicts another one."""
+class OptionError(ShortenTraceback, ValueError):
+    """An option of the backend is unknown, ill-typed or contradicts another one.
+
+    Dynamo wraps what a backend raises in ``BackendCompilerFailed``, except for this base class:
+    with it ``except OptionError`` and ``except ValueError`` work around a compiled call, too.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,9 @@ class Options:
                 f"autochunk: options {' and '.join(map(repr, sizes))} contradict each other: "
                 "each decides the chunk size; give one of them"
             )
-        if "debug" not in checked and (env := os.environ.get("AUTOCHUNK_DEBUG", "")) not in (
-            "",
-            "0",
-        ):
-            checked["debug"] = _debug("AUTOCHUNK_DEBUG", True if env == "1" else env)
+        if "debug" not in checked:
+            env = os.environ.get("AUTOCHUNK_DEBUG", "")
+            checked["debug"] = _debug("AUTOCHUNK_DEBUG", _SWITCH.get(env.lower(), env))
         inductor = dict(checked.get("inductor", {}))
         if mode is not None and mode != "default":
             modes = torch._inductor.list_mode_options()
@@ -181,10 +188,18 @@ def _inductor(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise OptionError(_ill_typed(name, value, "a dict of Inductor options"))
     known = torch._inductor.list_options()
-    for key in value:
-        if str(key).replace("-", "_") not in known:
-            raise OptionError(_unknown("Inductor option", str(key), known))
-    return {str(key).replace("-", "_"): item for key, item in value.items()}
+    checked = {}
+    for key, item in value.items():
+        key = str(key).replace("-", "_")
+        if key not in known:
+            raise OptionError(_unknown("Inductor option", key, known))
+        # As torch.compile checks its own: what isinstance cannot tell is let through.
+        wanted = torch._inductor.config.get_type(key)
+        if get_origin(wanted) is None and not isinstance(item, wanted):
+            shown = getattr(wanted, "__name__", str(wanted))
+            raise OptionError(_ill_typed(f"{name}[{key!r}]", item, f"a value of type {shown}"))
+        checked[key] = item
+    return checked
 
 
 _CHECKS = {
@@ -201,7 +216,8 @@ _CHECKS = {
 
 
 def _ill_typed(name: str, value: object, wanted: str) -> str:
-    return f"autochunk: option {name!r} is {value!r}; it takes {wanted}"
+    shown = name if "[" in name else repr(name)
+    return f"autochunk: option {shown} is {value!r}; it takes {wanted}"
 
 
 def _unknown(kind: str, name: object, valid: Iterable[str]) -> str:

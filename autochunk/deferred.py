@@ -148,7 +148,7 @@ class DeferredTensor(Tensor):
         inner: dict[str, Tensor], context: None, size: Sequence[int], stride: Sequence[int]
     ) -> Tensor:
         value = inner["_value"]
-        return value if type(value) is Tensor else _wrap(value, None, stride)
+        return value.detach() if type(value) is Tensor else _wrap(value, None, stride)
 
     def _stable_hash_for_caching(self) -> str:
         return repr((self.shape, self.stride(), self.dtype, self.device, self.requires_grad))
@@ -315,6 +315,4 @@ _METADATA = _functions(
 ) | {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor}
 
 #: Answered by ``plain`` before it has a value: FSDP, for one, hooks every output of a model.
-_AUTOGRAD = _functions(
-    attributes="grad_fn output_nr retains_grad", methods="register_hook"
-)
+_AUTOGRAD = _functions(attributes="grad_fn output_nr retains_grad", methods="register_hook")

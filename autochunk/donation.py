@@ -21,31 +21,29 @@ _PASS = "post_grad_custom_post_pass"
 
 
 class _DonationAware(CustomGraphPass):
-    def __init__(self, wrapped: Any) -> None:
+    def __init__(self, wrapped: tuple[Any, ...]) -> None:
         self.wrapped = wrapped
 
     def __call__(self, graph: fx.Graph) -> None:
-        if self.wrapped is not None:
-            self.wrapped(graph)
+        for custom_pass in self.wrapped:
+            custom_pass(graph)
 
     def uuid(self) -> Any:
-        inner = None
-        if self.wrapped is not None:
-            uuid = getattr(self.wrapped, "uuid", None)
-            inner = uuid() if uuid is not None else None
-            if inner is None:
-                return None  # a pass without identity: not cacheable, as without us
+        inner = [p.uuid() if hasattr(p, "uuid") else None for p in self.wrapped]
+        if None in inner:
+            return None  # a pass without identity: not cacheable, as without us
         context = torch._guards.TracingContext.try_get()
         metadata = context.fw_metadata if context is not None else None
         donated = getattr(metadata, "bw_donated_idxs", None)
-        return ("autochunk donation", tuple(donated or ()), inner)
+        return ("autochunk donation", tuple(donated or ()), tuple(inner))
 
 
 def donation_aware(patches: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor options with the pass added, around a pass of the user's own."""
+    """Inductor options with the pass added, around passes of the user's own."""
     from torch._inductor import config
 
     wrapped = patches.get(_PASS, getattr(config, _PASS, None))
     if isinstance(wrapped, _DonationAware):
         return dict(patches)
-    return {**patches, _PASS: _DonationAware(wrapped)}
+    passes = tuple(wrapped) if isinstance(wrapped, list | tuple) else (wrapped,)
+    return {**patches, _PASS: _DonationAware(tuple(p for p in passes if p is not None))}

@@ -487,6 +487,7 @@ def _region(name: str, walk: Walk, outputs: Sequence[RowValue]) -> Region:
     grads = _differentiated(walk, outputs)
     heads = frozenset().union(*(value.heads for value in outputs))
     candidates = [c for c in walk.heads.values() if c.name in heads]
+    checks, all_checked = _checks(walk, rows, shared, needed)
     chain = outputs[0].chain
     n_rows = outputs[0].rows
     widest = max(candidates, key=lambda c: c.out_features)
@@ -499,7 +500,8 @@ def _region(name: str, walk: Walk, outputs: Sequence[RowValue]) -> Region:
         outputs=tuple(outputs),
         chain=chain,
         heads=heads,
-        checks=tuple(_checks(walk, rows, shared, needed)),
+        checks=tuple(checks),
+        all_checked=all_checked,
         row_grads=tuple(i for i, p in enumerate(rows) if p in grads),
         shared_grads=tuple(i for i, p in enumerate(shared) if p in grads),
         rows=n_rows,
@@ -525,8 +527,9 @@ def _differentiated(walk: Walk, outputs: Sequence[RowValue]) -> set[fx.Node]:
 
 def _checks(
     walk: Walk, rows: Sequence[fx.Node], shared: Sequence[fx.Node], needed: set[fx.Node]
-) -> list[IndexCheck]:
-    checks = []
+) -> tuple[list[IndexCheck], bool]:
+    """Checks of the indices that do not depend on logits, and whether that is all of them."""
+    checks, complete = [], True
     for index, size, wraps, source in walk.index_uses:
         if index not in needed:
             continue
@@ -535,6 +538,7 @@ def _checks(
         used_shared = [p for p in shared if p in ancestors]
         # One computed from a weight is computed from the logits: not the user's.
         if not [*used, *used_shared] or any(p.meta["val"].is_floating_point() for p in used_shared):
+            complete = False
             continue
         checks.append(
             IndexCheck(
@@ -546,7 +550,7 @@ def _checks(
                 source=source,
             )
         )
-    return checks
+    return checks, complete
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:

@@ -549,6 +549,7 @@ def _embedding(walk: Walk, node: fx.Node) -> RowValue:
     value = walk.env.get(index)
     if table in walk.env or not isinstance(value, RowValue):
         raise Boundary("mixes-rows", "the table of an embedding is computed from the logits")
+    walk.note_index(value.node, table.meta["val"].shape[0], wraps=False, node=node)
     emitted = walk.emit(aten.embedding.default, walk.shared(table), value.node)
     return walk.result(node, emitted, (*value.is_row, False), value, [value])
 

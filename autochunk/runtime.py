@@ -88,7 +88,7 @@ def run_loop(
     rows = [r.contiguous() for r in rows]
     cotangents = [c.contiguous() for c in cotangents]
     shared = [_as_expected(t, s) for t, s in zip(shared, spec.shared, strict=True)]
-    size, starts = _chunks(total, spec)
+    size, starts = _chunks(total, spec.chunk_rows, kernel.symbolic)
     outputs = [_empty(total, s) for s in spec.outputs[: kernel.values]]
     row_grads = [_empty(total, spec.rows[i]) for i in spec.row_grads if kernel.row_grads]
     sums = [
@@ -215,11 +215,11 @@ def _zero_outside(weights: Tensor, fresh: slice) -> Tensor:
     return kept
 
 
-def _chunks(total: int, spec: BodySpec) -> tuple[int, range]:
+def _chunks(total: int, most: int, symbolic: bool) -> tuple[int, range]:
     """Rows of a chunk, and where chunks start (before the last is moved to be whole)."""
-    if not spec.symbolic:
-        return spec.chunk_rows, range(0, total, spec.chunk_rows)
-    count = -(-total // spec.chunk_rows)
+    if not symbolic:
+        return most, range(0, total, most)
+    count = -(-total // most)
     size = max(-(-total // count) if count else 1, MIN_SYMBOLIC_ROWS)
     return size, range(0, total, size)
 

@@ -232,6 +232,7 @@ class Region:
         chain: The row ops to apply to the row inputs.
         heads: Names of the heads inside.
         checks: Index ranges to verify.
+        all_checked: Whether that is all indices there are; others depend on the logits.
         row_grads, shared_grads: Positions of the inputs that need a gradient.
         rows: Number of rows.
         wide_features: Elements per row of the widest value.
@@ -247,6 +248,7 @@ class Region:
     chain: tuple[RowOp, ...]
     heads: frozenset[str]
     checks: tuple[IndexCheck, ...]
+    all_checked: bool
     row_grads: tuple[int, ...]
     shared_grads: tuple[int, ...]
     rows: int | torch.SymInt
