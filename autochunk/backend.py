@@ -87,14 +87,13 @@ class _Made:
 
     original: fx.GraphModule
     rewritten: Rewritten | None
-    loops: tuple[runtime.Loop, ...]
     report: Report
 
     def compile(self, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
         if self.rewritten is None:
             return _inductor(self.original, example_inputs, options)
         compiled = _inductor(self.rewritten.gm, example_inputs, options)
-        return _Compiled(compiled, self.rewritten, self.loops)
+        return _Compiled(compiled, self.rewritten)
 
 
 def _inductor(
@@ -125,10 +124,9 @@ def _rewrite(gm: fx.GraphModule, options: Options, number: int) -> _Made:
             break
         refusals.update(found)
     rewritten: Rewritten | None = None
-    loops: tuple[runtime.Loop, ...] = ()
     stages: list[tuple[str, str]] = [("dynamo", _readable(gm))]
     if kept and lowered is not None and lifted is not None:
-        loops = tuple(_loop(item, options) for item in scheduled)
+        loops = [_loop(item, options) for item in scheduled]
         rewritten = rewrite(gm, lowered, lifted, scheduled)
         stages.append(("lowered", _readable(lowered.graph)))
         for item, loop in zip(scheduled, loops, strict=True):
@@ -144,7 +142,7 @@ def _rewrite(gm: fx.GraphModule, options: Options, number: int) -> _Made:
     if options.debug is not None and every:
         directory = write_debug(options.debug, number, stages)
     rows = [_row(c, refusals.get(c.name), lowered, lifted, scheduled) for c in every]
-    return _Made(gm, rewritten, loops, Report(number, tuple(rows), directory=directory))
+    return _Made(gm, rewritten, Report(number, tuple(rows), directory=directory))
 
 
 def _schedule(
@@ -213,7 +211,10 @@ def _key(spec: BodySpec, decided: Plan, region: Region) -> str:
         sorted((k, repr(v)) for k, v in spec.inductor.items()),
         decided.strategy,
         decided.accumulate_dtype,
-        [(c.graph.code, c.row_inputs, c.size, c.wraps, c.source) for c in region.checks],
+        [
+            (c.graph.code, c.row_inputs, c.shared_inputs, c.size, c.wraps, c.source)
+            for c in region.checks
+        ],
         torch.__version__,
         __version__,
     ]
@@ -246,14 +247,10 @@ def _loop(item: Scheduled, options: Options) -> runtime.Loop:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """The compiled graph; puts deferred tensors where the old graph returned wide values.
-
-    It also keeps the regions' loops alive, which the registry does not.
-    """
+    """The compiled graph; puts deferred tensors where the old graph returned wide values."""
 
     compiled: Callable[..., Any]
     rewritten: Rewritten
-    loops: tuple[runtime.Loop, ...]
 
     def __call__(self, *args: Any) -> Any:
         results = self.compiled(*args)

@@ -41,8 +41,8 @@ class Options:
         chunk_rows: Rows of the logits a chunk holds, at most (an int ≥ 1). Chunks are made
             near-equal, so any number works, also one that does not divide the rows.
         num_chunks: Number of chunks (an int ≥ 1), as an alternative to ``chunk_rows``.
-        memory_budget: Bytes that one chunk's logits and their gradient may take, an int or a
-            string such as ``"256MiB"``; the third way to say how large a chunk is.
+        memory_budget: Bytes that one chunk's logits may take (their gradient overwrites them), an
+            int or a string such as ``"256MiB"``; the third way to say how large a chunk is.
         strategy: ``"fused"`` computes the gradients in the forward pass, which is possible where
             the loss is affine in the per-row values; ``"recompute"`` computes each chunk a second
             time in the backward pass; ``"auto"`` fuses where it is provably right.

@@ -35,7 +35,7 @@ from torch import Tensor, fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
 
 class StaleError(RuntimeError):
@@ -113,14 +113,18 @@ class DeferredTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default and args[0]._formula is None:
-            return _wrap(args[0]._plain.detach(), None, args[0].stride())
-        _refuse_writes(func, args)
+        kwargs = kwargs or {}
+        _refuse_writes(func, args, kwargs)
         with torch.overrides.enable_reentrant_dispatch():  # the formula's own graph is recorded
-            args, kwargs = pytree.tree_map_only(
-                DeferredTensor, lambda t: t._value, (args, kwargs or {})
+            values, named = pytree.tree_map_only(
+                DeferredTensor, lambda t: t._value, (args, kwargs)
             )
-        return func(*args, **kwargs)
+        out = func(*values, **named)
+        if isinstance(args[0], DeferredTensor) and args[0]._formula is None and _is_view(func):
+            # A compiler must know what aliases its input.
+            out = pytree.tree_map_only(Tensor, lambda t: _wrap(t, None, t.stride()), out)
+            return return_and_correct_aliasing(func, args, kwargs, out)
+        return out
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         if TracingContext.try_get() is not None:
@@ -168,10 +172,25 @@ def _wrap(plain: Tensor, formula: _Formula | None, strides: Sequence[int]) -> De
     return wrapper
 
 
-def _refuse_writes(func: Any, args: Sequence[Any]) -> None:
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.is_write and isinstance(value, DeferredTensor) and value._formula is not None:
-            raise RuntimeError(_MODIFIED.format(func))
+def _refuse_writes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Raises where an op would modify a wrapper: autograd would not see that ``plain`` changed.
+
+    Raises:
+        NotImplementedError: for a compiler's copy; Dynamo then leaves the op to eager PyTorch.
+        RuntimeError: for a real one.
+    """
+    arguments = enumerate(func._schema.arguments)
+    written = [
+        args[i] if i < len(args) else kwargs.get(a.name) for i, a in arguments if a.is_write
+    ]
+    for tensor in pytree.tree_leaves(written):
+        if isinstance(tensor, DeferredTensor):
+            error = NotImplementedError if tensor._formula is None else RuntimeError
+            raise error(_MODIFIED.format(func))
+
+
+def _is_view(func: Any) -> bool:
+    return any(out.alias_info is not None for out in func._schema.returns)
 
 
 class _Formula:
@@ -190,6 +209,7 @@ class _Formula:
         self.graph = graph
         self.inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
         self.requires_grad = requires_grad
+        self.inference = torch.is_inference_mode_enabled()
         self.states = [_state_of(t) for t in self.tensors]
         self.filled = False
         self.recorded: GradientEdge | None = None
@@ -224,7 +244,7 @@ class _Formula:
     def ambient(self) -> Iterator[None]:
         """The modes in which the model would have computed the value, whatever they are now."""
         with (
-            torch.inference_mode(False),
+            torch.inference_mode(self.inference),
             torch.set_grad_enabled(self.requires_grad),
             torch._C._DisableAutocast(),
             _no_saved_tensors_hooks(),

