@@ -187,11 +187,13 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool) -> Kernel:
 
 
 def _inductor_config(spec: BodySpec) -> dict[str, Any]:
-    # Checked indices raise an error that names them before the loop; the assertion in a CPU
-    # kernel would abort the process.
+    # A kernel that overwrites its input is no graph of its own; the outer graph may be one.
+    patches = {**spec.inductor, "triton.cudagraphs": False}
     if spec.checked and spec.device.type == "cpu":
-        return {**spec.inductor, "assert_indirect_indexing": False}
-    return dict(spec.inductor)
+        # Checked indices raise an error that names them before the loop; the assertion in a CPU
+        # kernel would abort the process.
+        patches["assert_indirect_indexing"] = False
+    return patches
 
 
 def _holds_for_all_rows(shape_env: ShapeEnv, most: int) -> bool:

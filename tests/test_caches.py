@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ def returning(x, w, y):
     logits = F.linear(x, w)
     return F.cross_entropy(logits, y), logits
 
-def case(function, w_rows=128, donation=aware, **options):
+def case(function, donation=aware, **options):
     torch._dynamo.reset()
     counters.clear()
     autochunk.backend.donation_aware = donation
@@ -57,8 +56,8 @@ def case(function, w_rows=128, donation=aware, **options):
     options = {"min_bytes": 0, "chunk_rows": 6, "strict": True, **options}
     compiled = torch.compile(function, backend="autochunk", options=options, dynamic=dynamic)
     torch.manual_seed(0)
-    x, w = torch.randn(21, 16, requires_grad=True), torch.randn(w_rows, 16, requires_grad=True)
-    y = torch.randint(0, w_rows, (21,))
+    x, w = torch.randn(21, 16, requires_grad=True), torch.randn(128, 16, requires_grad=True)
+    y = torch.randint(0, 128, (21,))
     result = compiled(x, w, y)
     loss = result[0] if isinstance(result, tuple) else result
     exact = torch.autograd.grad(loss_of(x, w, y), [x, w], torch.tensor(3.0))
@@ -66,7 +65,8 @@ def case(function, w_rows=128, donation=aware, **options):
     for _ in range(3 if retain else 1):
         x.grad = w.grad = None
         loss.backward(torch.tensor(3.0), retain_graph=retain)
-        errors.append(max(float((g - e).norm() / e.norm()) for g, e in zip((x.grad, w.grad), exact)))
+        pairs = zip((x.grad, w.grad), exact)
+        errors.append(max(float((g - e).norm() / e.norm()) for g, e in pairs))
     values = [loss, x.grad, w.grad]
     if isinstance(result, tuple):
         values.append(result[1])
@@ -85,8 +85,8 @@ def unaware(patches):
 results = {
     "fused": case(loss_of, strategy="fused"),
     "recompute": case(loss_of, strategy="recompute"),
-    "unaware fused": case(loss_of, 144, unaware, strategy="fused"),
-    "unaware recompute": case(loss_of, 144, unaware, strategy="recompute"),
+    "unaware fused": case(loss_of, unaware, strategy="fused"),
+    "unaware recompute": case(loss_of, unaware, strategy="recompute"),
 }
 if not retain:
     results["dynamic"] = case(loss_of, dynamic=True)
@@ -194,8 +194,6 @@ def test_other_numbers_inside_are_another_entry(own_cache: None) -> None:
     for other in (scaled(0.25, 0.1), scaled(0.5, 0.2)):
         assert "autograd_cache_hit" not in run(other)
     assert "autograd_cache_hit" not in run(base, chunk_rows=7)
-    assert "autograd_cache_hit" not in run(base, accumulate_dtype="float64")
-    assert "autograd_cache_hit" not in run(base, strategy="recompute")
     assert run(base)["autograd_cache_hit"] == 1
 
 

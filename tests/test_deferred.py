@@ -15,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
 from autochunk import DeferredTensor
 
 HIDDEN, VOCABULARY = 8, 96
@@ -184,6 +188,13 @@ def _swap(logits: Tensor) -> list[Tensor]:
     return [logits, other]
 
 
+def _flops(logits: Tensor) -> tuple[int, Tensor]:
+    """The deferred computation is not counted among what the user does here."""
+    with FlopCounterMode(display=False) as counter:
+        product = logits[0] @ logits[0].t()
+    return counter.get_total_flops(), product
+
+
 def _in_device_context(logits: Tensor) -> Tensor:
     with torch.device("meta"):
         return logits.sum()
@@ -267,6 +278,7 @@ USES: dict[str, Callable[[Tensor], Any]] = {
     "dtype": lambda t: (t.dtype, t.device, t.is_cuda, t.type(), t.element_size(), t.itemsize),
     "autograd": lambda t: (t.requires_grad, t.is_leaf, t.output_nr, t.retains_grad, t._version),
     "has-grad-fn": lambda t: t.grad_fn is None,
+    "same-object": lambda t: (t is t, {t: 1}[t], hash(t) == id(t), weakref.ref(t)() is t),
     "predicates": lambda t: (
         torch.is_tensor(t), isinstance(t, Tensor), torch.is_floating_point(t), t.is_inference(),
         t._is_view(), t.is_shared(), t.is_complex(), t.is_sparse, t.is_nested, t._base,
@@ -315,6 +327,10 @@ USES: dict[str, Callable[[Tensor], Any]] = {
     "parameters": lambda t: nn.utils.parameters_to_vector([t]),
     "map": lambda t: torch.utils._pytree.tree_map(torch.sum, {"a": [t]}),
     "script": _scripted,
+    "trace": lambda t: torch.jit.trace(lambda u: u * 2, (t,))(t),
+    "make-fx": lambda t: make_fx(lambda u: u * 2)(t)(t),
+    "fake": lambda t: FakeTensorMode().from_tensor(t).shape,
+    "flops": lambda t: _flops(t),
     "as-tensor": torch.as_tensor,
     "as-tensor-same": lambda t: torch.as_tensor(t) is t,
     "as-tensor-half": lambda t: torch.as_tensor(t, dtype=torch.bfloat16),
