@@ -103,7 +103,7 @@ def _inductor(
 
 
 def _rewrite(gm: fx.GraphModule, options: Options, number: int) -> _Made:
-    candidates, refused = find(gm.graph, options.min_bytes)
+    candidates, refused = find(gm, options.min_bytes)
     refusals: dict[str, Refusal] = {c.name: r for c, r in refused}
     every = [*candidates, *(c for c, _ in refused)]
     for candidate in candidates:

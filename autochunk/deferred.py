@@ -226,6 +226,11 @@ class _Formula:
         """
         if self.filled:
             return
+        if torch._C._is_tracing():
+            raise RuntimeError(
+                "autochunk: torch.jit.trace would record how deferred logits are computed; call "
+                ".materialize() on them first"
+            )
         for position, (tensor, state) in enumerate(zip(self.tensors, self.states, strict=True)):
             if _state_of(tensor) != state:
                 raise StaleError(

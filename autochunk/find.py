@@ -8,7 +8,7 @@ outputs that enter another layer. Everything subtler is for ``lift`` to decide.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,29 +26,47 @@ _LAYERS = {F.scaled_dot_product_attention, torch.bmm, F.conv1d, F.conv2d, "bmm"}
 
 
 def find(
-    graph: fx.Graph, min_bytes: int
+    gm: fx.GraphModule, min_bytes: int
 ) -> tuple[tuple[Candidate, ...], tuple[tuple[Candidate, Refusal], ...]]:
     """Candidates of a Dynamo graph.
 
     Args:
-        graph: Nodes carry ``meta["example_value"]``, as Dynamo leaves them.
+        gm: Nodes carry ``meta["example_value"]``, as Dynamo leaves them.
         min_bytes: Outputs below this are refused as ``small``.
 
     Returns:
         The candidates worth analysing, and those refused at a glance with the reason. Linears
-        that do not amplify are in neither.
+        that do not amplify are in neither. Heads inside the body of a higher-order op (a
+        checkpointed block) are among the refused.
     """
-    kept, refused = [], []
-    for node in graph.nodes:
+    kept: list[Candidate] = []
+    refused: list[tuple[Candidate, Refusal]] = []
+    for node, owner in _with_bodies(gm, owner=None):
         candidate = as_candidate(node)
         if candidate is None:
             continue
         refusal = _refuse_at_a_glance(candidate, min_bytes)
+        if refusal is None and owner is not None:
+            detail = f"the head is inside {op_name(owner)}"
+            refusal = Refusal("higher-order", op_name(owner), detail, candidate.source)
         if refusal is None:
             kept.append(candidate)
         else:
             refused.append((candidate, refusal))
     return tuple(kept), tuple(refused)
+
+
+def _with_bodies(
+    gm: fx.GraphModule, owner: fx.Node | None
+) -> Iterator[tuple[fx.Node, fx.Node | None]]:
+    """The nodes of a graph and of the bodies of its higher-order ops, with the op they are in."""
+    for node in gm.graph.nodes:
+        yield node, owner
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            for arg in node.all_input_nodes:
+                body = getattr(gm, str(arg.target), None) if arg.op == "get_attr" else None
+                if isinstance(body, fx.GraphModule):
+                    yield from _with_bodies(body, owner or node)
 
 
 def as_candidate(node: fx.Node) -> Candidate | None:

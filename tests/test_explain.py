@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import autochunk
 from autochunk.types import Refusal
@@ -66,6 +67,21 @@ def test_every_candidate_has_a_row(no_codegen):
     explanation = autochunk.explain(loss, OPTIONS)(*_inputs())
     assert len(explanation.chunked) == 1
     assert sorted(row.refusal.code for row in explanation.refused) == ["feeds-layer", "mixes-rows"]
+
+
+def test_head_in_a_checkpointed_block(no_codegen):
+    def block(x, w, y):
+        return F.cross_entropy(F.linear(x, w), y)
+
+    def loss(x, w, y):
+        return torch.utils.checkpoint.checkpoint(block, x, w, y, use_reentrant=False)
+
+    inputs = _inputs()
+    explanation = autochunk.explain(loss, OPTIONS)(*inputs)
+    (row,) = explanation.refused
+    assert row.refusal.code == "higher-order"
+    assert "return F.cross_entropy(F.linear(x, w), y)" in row.source
+    torch.testing.assert_close(explanation.result, loss(*inputs))
 
 
 def test_equal_refusals_are_one_line(no_codegen):
