@@ -116,9 +116,7 @@ class DeferredTensor(Tensor):
         kwargs = kwargs or {}
         _refuse_writes(func, args, kwargs)
         with torch.overrides.enable_reentrant_dispatch():  # the formula's own graph is recorded
-            values, named = pytree.tree_map_only(
-                DeferredTensor, lambda t: t._value, (args, kwargs)
-            )
+            values, named = pytree.tree_map_only(DeferredTensor, lambda t: t._value, (args, kwargs))
         out = func(*values, **named)
         if isinstance(args[0], DeferredTensor) and args[0]._formula is None and _is_view(func):
             # A compiler must know what aliases its input.
@@ -180,9 +178,7 @@ def _refuse_writes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> No
         RuntimeError: for a real one.
     """
     arguments = enumerate(func._schema.arguments)
-    written = [
-        args[i] if i < len(args) else kwargs.get(a.name) for i, a in arguments if a.is_write
-    ]
+    written = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in arguments if a.is_write]
     for tensor in pytree.tree_leaves(written):
         if isinstance(tensor, DeferredTensor):
             error = NotImplementedError if tensor._formula is None else RuntimeError
@@ -240,7 +236,7 @@ class _Formula:
                     "that, or call .materialize() on them"
                 )
         with self.ambient():
-            value = self.graph(*self.inputs)
+            value = self.graph.forward(*self.inputs)
             self.recorded = get_gradient_edge(value) if value.requires_grad else None
             plain.data = value.detach()
         self.filled = True
@@ -264,7 +260,7 @@ class _Formula:
             recorded, self.recorded = self.recorded, None
         if recorded is None:
             with self.ambient():
-                recorded = get_gradient_edge(self.graph(*self.inputs))
+                recorded = get_gradient_edge(self.graph.forward(*self.inputs))
         inputs = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
         create_graph = torch.is_grad_enabled()
         found = iter(
@@ -318,7 +314,7 @@ class _Identity(torch.autograd.Function):
 _LOCK = threading.RLock()
 
 _MODIFIED = (
-    "autochunk: {} modified deferred logits in place before they were computed; call "
+    "autochunk: {} would modify deferred logits in place before they are computed; call "
     ".materialize() on them first"
 )
 

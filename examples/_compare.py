@@ -211,6 +211,15 @@ def _status_bytes(name: str) -> int:
 
 # ---- the parent --------------------------------------------------------------------------------
 
+# glibc keeps freed tensors of up to 32 MiB on its heap, where holes between them count as resident
+# (up to 200 MiB were seen, another number in each run). Beyond a fixed threshold every tensor has
+# pages of its own, and the peak repeats to 0.1 MiB.
+_CHILD_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(MIB),
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 
 def run_methods(methods: Sequence[str], steps: int) -> list[Run]:
     """Trains with each method, in turn step by step; ends the program if a child fails."""
@@ -220,7 +229,7 @@ def run_methods(methods: Sequence[str], steps: int) -> list[Run]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, **_CHILD_ENVIRONMENT},
         )
         for method in methods
     }

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -327,10 +330,9 @@ USES: dict[str, Callable[[Tensor], Any]] = {
     "parameters": lambda t: nn.utils.parameters_to_vector([t]),
     "map": lambda t: torch.utils._pytree.tree_map(torch.sum, {"a": [t]}),
     "script": _scripted,
-    "trace": lambda t: torch.jit.trace(lambda u: u * 2, (t,))(t),
     "make-fx": lambda t: make_fx(lambda u: u * 2)(t)(t),
     "fake": lambda t: FakeTensorMode().from_tensor(t).shape,
-    "flops": lambda t: _flops(t),
+    "flops": _flops,
     "as-tensor": torch.as_tensor,
     "as-tensor-same": lambda t: torch.as_tensor(t) is t,
     "as-tensor-half": lambda t: torch.as_tensor(t, dtype=torch.bfloat16),
@@ -527,3 +529,504 @@ def test_second_compiled_function(
             results.append(plain([result, after, found]))
         assert_same(results[1], results[0])
     assert len(compiles) <= (1 if fullgraph else 3)
+
+
+def test_dynamic_shapes_in_a_second_function(pair: Any) -> None:
+    model, step = pair
+    compiles = []
+
+    def counting(gm: Any, inputs: Any) -> Any:
+        compiles.append(gm)
+        return torch._dynamo.lookup_backend("inductor")(gm, inputs)
+
+    second = torch.compile(_loss, backend=counting, fullgraph=True)
+    for length in (7, 9, 4, 12, 7):
+        ids = torch.randint(0, VOCABULARY, (2, length))
+        results = []
+        for function, use in ((model, _loss), (step, second)):
+            loss, logits = function(ids)
+            (loss + use(logits, ids)).backward()
+            results.append(plain(gradients(model)))
+        assert_same(results[1], results[0])
+    assert len(compiles) == 2  # a static graph, then a dynamic one
+
+
+class Student(nn.Module):
+    """Its loss compares its logits with a teacher's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.head = nn.Linear(HIDDEN, VOCABULARY)
+
+    def forward(self, ids: Tensor, teacher: Tensor) -> Tensor:
+        logits = self.head(self.embed(ids))
+        return F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True)
+
+
+@pytest.mark.parametrize("teacher_grad", [True, False])
+def test_deferred_logits_enter_a_chunked_region(
+    teacher_grad: bool, pair: Any, ids: Tensor
+) -> None:
+    teacher, step = pair
+    student = Student()
+    with torch.no_grad():
+        explanation = explain(student, options=OPTIONS)(ids, step(ids)[1])
+    assert len(explanation.chunked) == 1
+    assert explanation.refused == ()
+    results = []
+    for function, learner in ((teacher, student), (step, torch.compile(
+        student, backend="autochunk", options=OPTIONS, fullgraph=True
+    ))):
+        with torch.set_grad_enabled(teacher_grad):
+            _, logits = function(ids)
+        loss = learner(ids, logits)
+        loss.backward()
+        results.append(plain([loss, gradients(student), gradients(teacher)]))
+    assert_same(results[1], results[0])
+
+
+def test_gradient_with_respect_to_logits_of_a_second_function(pair: Any, ids: Tensor) -> None:
+    _, step = pair
+    second = torch.compile(lambda t: t.square().sum(), backend="inductor")
+    _, logits = step(ids)
+    total = second(logits) + logits.sum()
+    (gradient,) = torch.autograd.grad(total, logits)
+    assert_same(gradient, 2 * logits.detach() + 1)
+
+
+def test_writes_in_a_full_graph_are_refused(pair: Any, ids: Tensor) -> None:
+    _, step = pair
+    _, logits = step(ids)
+    second = torch.compile(lambda t: t.mul_(2), backend="inductor", fullgraph=True)
+    expected = r"aten.mul_.Tensor would modify deferred logits .* call .materialize\(\) on them"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=expected):
+        second(logits)
+
+
+def test_graph_break_after_the_head(ids: Tensor) -> None:
+    """The rest of the frame receives deferred logits."""
+
+    class Broken(LanguageModel):
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+            loss, logits = super().forward(ids)
+            torch._dynamo.graph_break()
+            return loss + logits.logsumexp(-1).square().mean(), logits
+
+    torch.manual_seed(0)
+    model = Broken()
+    step = compiled(model)
+    for _ in range(2):
+        results = []
+        for function in (model, step):
+            loss, logits = function(ids)
+            (loss + logits.mean()).backward()
+            results.append(plain([loss, logits, gradients(model)]))
+        assert_same(results[1], results[0])
+
+
+_OTHER_PROCESS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_deferred import LanguageModel, VOCABULARY, compiled, gradients, _loss
+torch.manual_seed(0)
+model = LanguageModel()
+step = compiled(model)
+second = torch.compile(_loss, backend="inductor", fullgraph=True)
+ids = torch.arange(14).view(2, 7)
+for function, use in ((model, _loss), (step, second)):
+    loss, logits = function(ids)
+    (loss + use(logits, ids)).backward()
+    torch.save(gradients(model), sys.argv[1] + str(use is second))
+counters = torch._dynamo.utils.counters
+print(counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_caches_of_a_second_process(tmp_path: Any) -> None:
+    """A second function's compiled code is found again, and is right."""
+    script = _OTHER_PROCESS.format(tests=os.path.dirname(__file__))
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    hits = []
+    for run in range(2):
+        done = subprocess.run(
+            [sys.executable, "-W", "error:DeferredTensor", "-c", script, str(tmp_path / str(run))],
+            env=environment, capture_output=True, text=True, check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        hits.append(int(done.stdout))
+        expected, actual = (torch.load(tmp_path / f"{run}{name}") for name in (False, True))
+        assert_same(actual, expected)
+    assert hits == [0, 2]
+
+
+# ---- where gradients and modes come from -------------------------------------------------------
+
+
+def test_gradient_through_loss_and_logits(pair: Any, ids: Tensor) -> None:
+    model, step = pair
+    results = []
+    for function in (model, step):
+        loss, logits = function(ids)
+        (loss + logits.float().logsumexp(-1).square().mean()).backward()
+        results.append(plain(gradients(model)))
+    assert_same(results[1], results[0])
+
+
+def test_gradient_in_two_backward_passes(pair: Any, ids: Tensor) -> None:
+    model, step = pair
+    results = []
+    for function in (model, step):
+        loss, logits = function(ids)
+        loss.backward(retain_graph=True)
+        logits.square().sum().backward()
+        results.append(plain(gradients(model)))
+    assert_same(results[1], results[0])
+
+
+def test_retained_graph(ids: Tensor) -> None:
+    """The second backward pass computes the formula's own graph anew."""
+    torch.manual_seed(0)
+    model = LanguageModel(softcap=2.0)
+    results = []
+    for function in (model, compiled(model)):
+        _, logits = function(ids)
+        total = logits.pow(3).sum()
+        total.backward(retain_graph=True)
+        total.backward()
+        results.append(plain(gradients(model)))
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            total.backward()
+    assert_same(results[1], results[0])
+
+
+def test_second_derivative(ids: Tensor) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(softcap=2.0)
+    results = []
+    for function in (model, compiled(model)):
+        _, logits = function(ids)
+        weight = model.head.weight
+        (first,) = torch.autograd.grad(logits.pow(2).sum(), weight, create_graph=True)
+        results.append(plain(torch.autograd.grad(first.pow(2).sum(), weight)))
+    assert_same(results[1], results[0])
+
+
+def test_hooks_on_parameters_run_once(pair: Any, ids: Tensor) -> None:
+    model, step = pair
+    handle = model.head.weight.register_hook(lambda g: g * 2)
+    try:
+        results = []
+        for function in (model, step):
+            function(ids)[1].square().sum().backward()
+            results.append(plain(gradients(model)))
+        assert_same(results[1], results[0])
+    finally:
+        handle.remove()
+
+
+def test_hook_does_not_materialise(pair: Any, ids: Tensor) -> None:
+    """FSDP registers a hook on every output of a model."""
+    _, step = pair
+    _, logits = step(ids)
+    seen = []
+    logits.register_hook(seen.append)
+    assert logits.grad_fn is not None
+    assert type(logits) is DeferredTensor
+    logits.sum().backward()
+    assert_same(seen, [torch.ones(2, 7, VOCABULARY)])
+
+
+MODES = {
+    "grad": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("later", MODES)
+@pytest.mark.parametrize("earlier", MODES)
+def test_modes(earlier: str, later: str, pair: Any, ids: Tensor) -> None:
+    """What a tensor is was decided when the model ran, not when the value is computed."""
+    model, step = pair
+    results = []
+    for function in pair:
+        with MODES[earlier]():
+            _, logits = function(ids)
+        with MODES[later]():
+            if function is step:
+                assert logits.materialize() is logits
+            flags = logits.requires_grad, logits.is_leaf, logits.is_inference()
+        found = []
+        if logits.requires_grad:
+            logits.square().sum().backward()
+            found = gradients(model)
+        results.append(plain([flags, logits, found]))
+    assert_same(results[1], results[0])
+
+
+def test_eval_then_train(model: LanguageModel, ids: Tensor) -> None:
+    step = compiled(model)
+    for training in (False, True, False):
+        model.train(training)
+        results = []
+        for function in (model, step):
+            with torch.set_grad_enabled(training):
+                _, logits = function(ids)
+            results.append(plain(logits))
+        assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["used-inside", "used-outside"])
+def test_autocast(inside: bool, ids: Tensor) -> None:
+    """The logits are bfloat16 wherever they are used."""
+    torch.manual_seed(0)
+    model = LanguageModel()
+    results = []
+    for function in (model, compiled(model)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, logits = function(ids)
+            assert logits.dtype == torch.bfloat16
+            if inside:
+                total = logits.square().sum() + (logits @ logits.transpose(1, 2)).sum()
+        if not inside:
+            total = logits.square().sum() + (logits @ logits.transpose(1, 2)).sum()
+        assert logits.dtype == torch.bfloat16
+        total.backward()
+        results.append((logits.detach(), total.detach(), gradients(model)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-2)
+
+
+# ---- lifetime ----------------------------------------------------------------------------------
+
+
+def test_stale(model: LanguageModel, ids: Tensor) -> None:
+    step = compiled(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss, logits = step(ids)
+    loss.backward()
+    optimizer.step()
+    assert logits.shape == (2, 7, VOCABULARY)
+    assert type(logits) is DeferredTensor
+    expected = (
+        r"^autochunk: the logits were deferred, and their input \d \(shape \[96, 8\]\) has since "
+        r"been modified in place \(by an optimizer's step\?\), so their value can no longer be "
+        r"computed; use the logits before that, or call .materialize\(\) on them$"
+    )
+    for _ in range(2):
+        with pytest.raises(StaleError, match=expected):
+            logits.sum()
+    with pytest.raises(StaleError, match="deferred"):
+        torch.compile(torch.sum, backend="eager")(logits)
+
+
+def test_steps(model: LanguageModel, ids: Tensor) -> None:
+    """Materialised before the optimizer's step: usable after it. The next forward is right."""
+    other = copy.deepcopy(model)
+    step = compiled(model)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, other)]
+    for _ in range(3):
+        results = []
+        for function, module, optimizer in zip(
+            (step, other), (model, other), optimizers, strict=True
+        ):
+            loss, logits = function(ids)
+            if isinstance(logits, DeferredTensor):
+                logits.materialize()
+            (loss + logits.mean()).backward()
+            optimizer.step()
+            results.append(plain([loss, logits, gradients(module)]))
+        assert_same(results[0], results[1])
+
+
+def test_gradient_after_a_step_is_refused(model: LanguageModel, ids: Tensor) -> None:
+    """As eager PyTorch refuses it."""
+    for function in (model, compiled(model)):
+        _, logits = function(ids)
+        total = logits.sum()
+        with torch.no_grad():
+            model.head.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+
+
+def test_replaced_weights(model: LanguageModel, ids: Tensor) -> None:
+    """``weight.data = …`` is not a modification in place: the value is of the old weights."""
+    expected = model(ids)[1].detach()
+    _, logits = compiled(model)(ids)
+    model.head.weight.data = torch.zeros_like(model.head.weight)
+    assert_same(logits.detach(), expected)
+
+
+def test_freed_weights(model: LanguageModel, ids: Tensor) -> None:
+    """FSDP frees the memory of gathered weights; reading them would be fatal."""
+    _, logits = compiled(model)(ids)
+    storage = model.head.weight.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    with pytest.raises(StaleError, match="input"):
+        logits.sum()
+    storage.resize_(size)
+
+
+def test_memory() -> None:
+    """Holding deferred logits does not hold their bytes; what they were is freed with them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8192, bias=False))
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        return logits.logsumexp(-1).sum(), logits
+
+    torch._dynamo.reset()
+    step = torch.compile(forward, backend="autochunk", options=OPTIONS)
+    x = torch.randn(100, 8)
+    step(x)
+    logits_bytes = 100 * 8192 * 4
+    assert _bytes_kept(lambda: step(x)) < 0.1 * logits_bytes + 8 * 8192 * 4
+    assert _bytes_kept(lambda: (lambda out: (out[1].sum(), out))(step(x))) > logits_bytes
+
+
+def _bytes_kept(function: Callable[[], Any]) -> int:
+    """Bytes allocated by a function and not freed while its result is alive."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        result = function()
+    kept = sum(event.self_cpu_memory_usage for event in profiler.events())
+    del result
+    return kept
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_freed_without_the_garbage_collector(used: bool, pair: Any, ids: Tensor) -> None:
+    _, step = pair
+    gc.collect()
+    gc.disable()
+    try:
+        loss, logits = step(ids)
+        references = [weakref.ref(logits), weakref.ref(logits._formula)]
+        if used:
+            loss = loss + logits.sum()
+        del logits
+        loss.backward(retain_graph=True)
+        del loss
+        assert [r() for r in references] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_threads(pair: Any, ids: Tensor) -> None:
+    model, step = pair
+    expected = model(ids)[1].sum().item()
+    for _ in range(20):
+        with torch.no_grad():
+            _, logits = step(ids)
+        barrier = threading.Barrier(4)
+        found = []
+
+        def work(logits: Tensor = logits, barrier: Any = barrier, found: Any = found) -> None:
+            barrier.wait()
+            found.append(logits.sum().item())
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert_same(found, [expected] * 4)
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+class _Double(torch.autograd.Function):
+    """Modifies its input in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.mul_(2)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def test_function_that_modifies_unused_logits_is_refused(pair: Any, ids: Tensor) -> None:
+    logits = _Double.apply(pair[1](ids)[1])
+    with pytest.raises(RuntimeError, match=r"mark_dirty\) would modify deferred logits in place"):
+        logits.sum()
+
+
+def test_function_that_modifies_used_logits(pair: Any, ids: Tensor) -> None:
+    model, _ = pair
+    results = []
+    for function in pair:
+        _, logits = function(ids)
+        logits.sum()
+        result = _Double.apply(logits)
+        (result.sum() + logits.square().sum()).backward()
+        results.append(plain([result is logits, result, gradients(model)]))
+    assert_same(results[1], results[0])
+
+
+@torch.jit.script
+def _scripted_write(x: Tensor) -> Tensor:
+    return x.mul_(2)
+
+
+def test_write_from_cpp_is_refused(pair: Any, ids: Tensor) -> None:
+    _, logits = pair[1](ids)
+    with pytest.raises(RuntimeError, match=r"aten.mul_.Scalar would modify deferred logits"):
+        _scripted_write(logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trace_is_refused(pair: Any, ids: Tensor) -> None:
+    _, logits = pair[1](ids)
+    with pytest.raises(RuntimeError, match=r"autochunk: torch.jit.trace would record"):
+        torch.jit.trace(lambda t: t * 2, (logits,))
+    logits.materialize()
+    assert_same(torch.jit.trace(lambda t: t * 2, (logits,))(logits), logits * 2)
+
+
+def test_loss_does_not_depend_on_the_logits(pair: Any, ids: Tensor) -> None:
+    """As with any compiled function: both are its outputs."""
+    loss, logits = pair[1](ids)
+    with pytest.raises(RuntimeError, match="appears to not have been used in the graph"):
+        torch.autograd.grad(loss, logits)
+
+
+# ---- outputs of models -------------------------------------------------------------------------
+
+
+def test_same_logits_twice(ids: Tensor) -> None:
+    class Twice(LanguageModel):
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            loss, logits = super().forward(ids)
+            flat = logits.view(-1, VOCABULARY)
+            return {"loss": loss, "logits": logits, "same": logits, "flat": flat}
+
+    torch.manual_seed(0)
+    model = Twice()
+    results = []
+    for function in (model, compiled(model)):
+        outputs = function(ids)
+        assert outputs["same"] is outputs["logits"]
+        total = outputs["loss"] + outputs["logits"].square().sum() + outputs["flat"].pow(3).sum()
+        total.backward()
+        results.append(plain([outputs, gradients(model)]))
+    assert_same(results[1], results[0])
+
+
+def test_softcapped_logits(ids: Tensor) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(softcap=2.0)
+    results = []
+    for function in (model, compiled(model)):
+        loss, logits = function(ids)
+        (loss + logits.square().sum()).backward()
+        results.append(plain([loss, logits, gradients(model)]))
+    assert_same(results[1], results[0])
