@@ -16,8 +16,9 @@ from torch._inductor.compile_fx import compile_fx
 from autochunk import body as body_stage
 from autochunk import runtime
 from autochunk.body import BodySpec, TensorSpec
+from autochunk.bounds import index_checking
 from autochunk.config import OptionError, Options
-from autochunk.deferred import defer
+from autochunk.deferred import defer, no_saved_tensors_hooks
 from autochunk.donation import donation_aware
 from autochunk.find import find, op_name, source_line
 from autochunk.lift import lift, row_input_features
@@ -57,8 +58,9 @@ def autochunk(
     parsed = Options.parse(options, mode)
     graph = next_graph()
     try:
-        # Anomaly detection looks for nan in each gradient, which a traced one cannot answer.
-        with torch.autograd.set_detect_anomaly(False):
+        # Anomaly detection looks for nan in each gradient, which a traced one cannot answer; a
+        # checkpoint around the compiled function must not count what tracing saves.
+        with torch.autograd.set_detect_anomaly(False), no_saved_tensors_hooks():
             made = _rewrite(gm, parsed, graph)
         compiled = made.compile(example_inputs, parsed)
         publish(made.report, parsed.debug is not None)
@@ -99,7 +101,8 @@ class _Made:
 def _inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> Callable[..., Any]:
-    return compile_fx(gm, list(example_inputs), config_patches=donation_aware(options.inductor))
+    patches = index_checking(donation_aware(options.inductor))
+    return compile_fx(gm, list(example_inputs), config_patches=patches)
 
 
 def _rewrite(gm: fx.GraphModule, options: Options, number: int) -> _Made:

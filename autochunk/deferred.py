@@ -61,7 +61,7 @@ def defer(
     """
     with torch.set_grad_enabled(requires_grad):
         formula = _Formula(graph, inputs, requires_grad)
-        plain = _Plain.apply(formula, tuple(shape), val, *formula.tensors)
+        plain = _Deferred.apply(formula, tuple(shape), val, *formula.tensors)
         return _Identity.apply(plain, formula, tuple(strides))
 
 
@@ -77,7 +77,7 @@ class DeferredTensor(Tensor):
     _formula: _Formula | None
 
     def materialize(self) -> Tensor:
-        """Computes the value.
+        """Computes the value. Any other use of the tensor does so, too.
 
         Returns:
             The same object, which is an ordinary tensor now. (While C++ code holds on to the
@@ -94,7 +94,10 @@ class DeferredTensor(Tensor):
                 shared = self._use_count() > 1
             if shared or self._formula is None:
                 return plain
-            torch._C._swap_tensor_impl(self, plain)
+            try:
+                torch._C._swap_tensor_impl(self, plain)
+            except RuntimeError:  # C++ code holds a weak reference
+                return plain
             del self._plain, self._formula
             self.__class__ = Tensor
             return self
@@ -118,7 +121,7 @@ class DeferredTensor(Tensor):
         with torch.overrides.enable_reentrant_dispatch():  # the formula's own graph is recorded
             values, named = pytree.tree_map_only(DeferredTensor, lambda t: t._value, (args, kwargs))
         out = func(*values, **named)
-        if isinstance(args[0], DeferredTensor) and args[0]._formula is None and _is_view(func):
+        if _is_view(func) and isinstance(args[0], DeferredTensor) and args[0]._formula is None:
             # A compiler must know what aliases its input.
             out = pytree.tree_map_only(Tensor, lambda t: _wrap(t, None, t.stride()), out)
             return return_and_correct_aliasing(func, args, kwargs, out)
@@ -190,10 +193,10 @@ def _is_view(func: Any) -> bool:
 
 
 class _Formula:
-    """How a value is computed.
+    """How a value is computed, and its gradients.
 
-    It is part of the autograd graph (through :class:`_Plain`) and therefore must not refer to the
-    value's tensor, or both would never be freed.
+    It is part of the autograd graph (through :class:`_Deferred`) and therefore must not refer to
+    the value's tensor, or both would never be freed.
 
     Attributes:
         tensors: Aliases of the inputs that are tensors. Hooks on the inputs must not run once
@@ -248,14 +251,17 @@ class _Formula:
             torch.inference_mode(self.inference),
             torch.set_grad_enabled(self.requires_grad),
             torch._C._DisableAutocast(),
-            _no_saved_tensors_hooks(),
+            no_saved_tensors_hooks(),
             _disable_current_modes(),
             temporarily_clear_interpreter_stack(),
         ):
             yield
 
     def gradients(self, upstream: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients with respect to ``tensors``."""
+        """Gradients with respect to the ``wanted`` ones of ``tensors``.
+
+        The value is computed again if it was used up (``retain_graph``), or was never recorded.
+        """
         with _LOCK:
             recorded, self.recorded = self.recorded, None
         if recorded is None:
@@ -271,7 +277,7 @@ class _Formula:
         return [next(found) if want else None for want in wanted]
 
 
-def _no_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
+def no_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
     """A checkpoint around us, for one, must not count what a formula saves."""
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():
         return contextlib.nullcontext()
@@ -284,8 +290,8 @@ def _state_of(tensor: Tensor) -> tuple[int, int]:
     return version, tensor.untyped_storage().nbytes()
 
 
-class _Plain(torch.autograd.Function):
-    """``plain`` as a function of the formula's tensors; to be filled later."""
+class _Deferred(torch.autograd.Function):
+    """``plain``, yet to be filled, as a function of the formula's tensors."""
 
     @staticmethod
     def forward(ctx: Any, formula: _Formula, shape: Any, val: Tensor, *tensors: Tensor) -> Tensor:
@@ -295,7 +301,7 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.saved_tensors  # noqa: B018  raises what eager raises if one was modified or freed
+        _ = ctx.saved_tensors  # raises what eager PyTorch raises if one was modified or freed
         return None, None, None, *ctx.formula.gradients(grad, ctx.needs_input_grad[3:])
 
 

@@ -17,33 +17,49 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-_PASS = "post_grad_custom_post_pass"
+from autochunk.version import __version__
 
 
-class _DonationAware(CustomGraphPass):
+class OwnPass(CustomGraphPass):
+    """A pass of ours that runs before the user's in the one place Inductor has for both."""
+
     def __init__(self, wrapped: tuple[Any, ...]) -> None:
         self.wrapped = wrapped
 
     def __call__(self, graph: fx.Graph) -> None:
+        self.run(graph)
         for custom_pass in self.wrapped:
             custom_pass(graph)
+
+    def run(self, graph: fx.Graph) -> None:
+        """The pass."""
+
+    def identity(self) -> Any:
+        """What the cache's key must name, besides the pass itself."""
 
     def uuid(self) -> Any:
         inner = [p.uuid() if hasattr(p, "uuid") else None for p in self.wrapped]
         if None in inner:
             return None  # a pass without identity: not cacheable, as without us
-        context = torch._guards.TracingContext.try_get()
-        metadata = context.fw_metadata if context is not None else None
-        donated = getattr(metadata, "bw_donated_idxs", None)
-        return ("autochunk donation", tuple(donated or ()), tuple(inner))
+        return ("autochunk", __version__, type(self).__name__, self.identity(), tuple(inner))
+
+
+def with_pass(patches: Mapping[str, Any], name: str, own: type[OwnPass]) -> dict[str, Any]:
+    """Inductor options with a pass of ours added, around passes of the user's own."""
+    given = patches.get(name, getattr(torch._inductor.config, name, None))
+    passes = given if isinstance(given, list | tuple) else (given,)
+    if any(isinstance(p, own) for p in passes):
+        return dict(patches)
+    return {**patches, name: own(tuple(p for p in passes if p is not None))}
 
 
 def donation_aware(patches: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor options with the pass added, around passes of the user's own."""
-    from torch._inductor import config
+    """Inductor options with the pass added."""
+    return with_pass(patches, "post_grad_custom_post_pass", _NameDonated)
 
-    wrapped = patches.get(_PASS, getattr(config, _PASS, None))
-    if isinstance(wrapped, _DonationAware):
-        return dict(patches)
-    passes = tuple(wrapped) if isinstance(wrapped, list | tuple) else (wrapped,)
-    return {**patches, _PASS: _DonationAware(tuple(p for p in passes if p is not None))}
+
+class _NameDonated(OwnPass):
+    def identity(self) -> Any:
+        context = torch._guards.TracingContext.try_get()
+        metadata = context.fw_metadata if context is not None else None
+        return tuple(getattr(metadata, "bw_donated_idxs", None) or ())

@@ -42,7 +42,7 @@ TOLERANCE = {"bfloat16": 5e-4, "float32": 1e-5}
 LEAST_SAVED = 0.8
 METHODS = ("inductor", "autochunk")
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-LEARNING_RATES = {"sgd": 0.1, "adamw": 1e-5}
+LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-5}
 
 
 def main() -> int:
