@@ -339,7 +339,13 @@ _METADATA = _functions(
     "is_cpu is_cuda is_xpu is_mps is_meta is_sparse is_quantized is_nested",
     methods="size dim ndimension numel nelement element_size stride storage_offset get_device "
     "is_contiguous is_floating_point is_complex is_signed is_inference __len__",
-) | {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor}
+) | {
+    torch.numel,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.is_tensor,
+    Tensor._backward_hooks.__set__,  # by autograd itself, for what a Function has modified
+}
 
 #: Answered by ``plain`` before it has a value: FSDP, for one, hooks every output of a model.
 _AUTOGRAD = _functions(attributes="grad_fn output_nr retains_grad", methods="register_hook")

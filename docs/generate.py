@@ -52,8 +52,8 @@ def options() -> str:
             """
             Give at most one of `chunk_rows`, `num_chunks` and `memory_budget`. Without any of them
             a chunk's logits take 168 MiB at most. An option that does not exist, has the wrong type
-            or contradicts another raises `autochunk.OptionError`, which names what is valid. PyTorch
-            hands a custom backend its options at the first call of the compiled function;
+            or contradicts another raises `autochunk.OptionError`, which names what is valid.
+            PyTorch hands a custom backend its options at the first call of the compiled function;
             `options=autochunk.options(...)` checks them where they are written.
 
             `AUTOCHUNK_DEBUG=1` (or a directory) in the environment is `debug` for every function.
