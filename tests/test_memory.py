@@ -12,7 +12,7 @@ import pytest
 MIB = 2**20
 SCRIPT = """
     import json, sys, torch, torch.nn.functional as F
-    rows, hidden, vocabulary, dtype, strategy, budget = json.loads(sys.argv[1])
+    rows, hidden, vocabulary, dtype, strategy, budget, tied = json.loads(sys.argv[1])
     dtype = getattr(torch, dtype)
     torch.manual_seed(0)
     x = torch.randn(rows, hidden).to(dtype).requires_grad_()
@@ -20,6 +20,8 @@ SCRIPT = """
     y = torch.randint(0, vocabulary, (rows,))
 
     def loss(x, w, y):
+        if tied:
+            x = x + F.embedding(y, w)
         return F.cross_entropy(F.linear(x, w).float(), y)
 
     def status(key):
@@ -40,13 +42,18 @@ SCRIPT = """
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("dtype", "strategy"),
-    [("float32", "fused"), ("float32", "recompute"), ("bfloat16", "fused")],
+    ("dtype", "strategy", "tied"),
+    [
+        ("float32", "fused", False),
+        ("float32", "recompute", False),
+        ("bfloat16", "fused", False),
+        ("bfloat16", "fused", True),
+    ],
 )
-def test_peak_is_gradients_plus_one_chunk(dtype, strategy):
+def test_peak_is_gradients_plus_one_chunk(dtype, strategy, tied):
     rows, hidden, vocabulary, budget = 2048, 128, 65536, 32 * MIB
     itemsize = 4 if dtype == "float32" else 2
-    settings = json.dumps([rows, hidden, vocabulary, dtype, strategy, budget])
+    settings = json.dumps([rows, hidden, vocabulary, dtype, strategy, budget, tied])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), settings], capture_output=True, text=True
     )
