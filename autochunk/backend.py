@@ -20,7 +20,7 @@ from autochunk.bounds import index_checking
 from autochunk.config import OptionError, Options
 from autochunk.deferred import defer, no_saved_tensors_hooks
 from autochunk.donation import donation_aware
-from autochunk.embedding import embedding_decompositions, embedding_gradients
+from autochunk.embedding import embedding_gradients
 from autochunk.find import find, op_name, source_line
 from autochunk.lift import lift, row_input_features
 from autochunk.lower import lower, refuse_to_lower
@@ -110,8 +110,7 @@ def _inductor_with_regions(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> Callable[..., Any]:
     patches = embedding_gradients(index_checking(donation_aware(options.inductor)))
-    table = embedding_decompositions()
-    return compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=table)
+    return compile_fx(gm, list(example_inputs), config_patches=patches)
 
 
 def _rewrite(gm: fx.GraphModule, options: Options, number: int) -> _Made:

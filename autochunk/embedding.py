@@ -4,46 +4,39 @@ With the logits gone, the largest allocation of a step can be the gradient of th
 Inductor makes it in float32, of the table's size, whatever the table's dtype; and where the table
 is also the head (tied weights), adds it to the head's gradient as a second tensor of that size.
 Only the rows of the batch's tokens are not zero. So those are summed on their own, one row for
-each token, in the dtype that PyTorch would sum in, and put in place:
+each token, in the dtype that Inductor would sum in, and put in place:
 
-    embedding_dense_backward(grad, ids, …)          →  zeros, its rows set to the sums
-    other + embedding_dense_backward(grad, ids, …)  →  other, the sums added to its rows
+    zeros.index_put(ids, grad, accumulate)          →  zeros, the sums added to its rows
+    other + zeros.index_put(ids, grad, accumulate)  →  other, the sums added to its rows
 
-Only done in graphs whose head was rewritten, and where the tokens are fewer than the table's rows.
+A pass over Inductor's own graphs, where it finds what the decomposition of the embedding's backward
+has made. Only run on graphs whose head was rewritten, and where tokens are fewer than the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import (
     CallFunction,
     KeywordArg,
     Match,
+    PatternExpr,
     PatternMatcherPass,
     register_graph_pattern,
 )
-from torch._prims_common import get_computation_dtype
 
 from autochunk.donation import OwnPass, with_pass
 from autochunk.find import hint
 
 aten = torch.ops.aten
-_BACKWARD = aten.embedding_dense_backward.default
 
 SPARSE = 4
 """The table has at least this many rows for every token, else the dense form is kept."""
-
-
-def embedding_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions, but embedding gradients are left for the pass."""
-    table = dict(select_decomp_table())
-    table.pop(_BACKWARD, None)
-    return table
 
 
 def embedding_gradients(patches: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,69 +46,88 @@ def embedding_gradients(patches: Mapping[str, Any]) -> dict[str, Any]:
 
 class _SparseRows(OwnPass):
     def run(self, graph: fx.Graph) -> None:
-        _ADDED.apply(graph)
-        _ALONE.apply(graph)
+        _PATTERNS.apply(graph)
 
 
-_ADDED = PatternMatcherPass(pass_name="autochunk_embedding_added")
-_ALONE = PatternMatcherPass(pass_name="autochunk_embedding_alone")
-_ARGS = tuple(KeywordArg(name) for name in ("grad", "ids", "size", "padding", "scaled"))
-_OTHER = KeywordArg("other")
-
-
-def _is_sparse(match: Match) -> bool:
-    ids, size = match.kwargs["ids"], match.kwargs["size"]
-    return not match.kwargs["scaled"] and hint(ids.meta["val"].numel()) * SPARSE <= hint(size)
-
-
-@register_graph_pattern(
-    CallFunction(aten.add.Tensor, CallFunction(_BACKWARD, *_ARGS), _OTHER),
-    extra_check=_is_sparse,
-    pass_dict=_ADDED,
-)
-@register_graph_pattern(
-    CallFunction(aten.add.Tensor, _OTHER, CallFunction(_BACKWARD, *_ARGS)),
-    extra_check=_is_sparse,
-    pass_dict=_ADDED,
-)
-def _added(
-    match: Match, grad: Any, ids: Any, size: Any, padding: Any, scaled: bool, other: Any
-) -> None:
-    def replacement(grad: Tensor, ids: Tensor, other: Tensor) -> Tensor:
-        return add_rows(other, grad, ids, padding)
-
-    match.replace_by_example(replacement, [grad, ids, other])
-
-
-@register_graph_pattern(CallFunction(_BACKWARD, *_ARGS), pass_dict=_ALONE)
-def _alone(match: Match, grad: Any, ids: Any, size: Any, padding: Any, scaled: bool) -> None:
-    def sparse(grad: Tensor, ids: Tensor) -> Tensor:
-        return add_rows(grad.new_zeros(size, grad.shape[-1]), grad, ids, padding)
-
-    def dense(grad: Tensor, ids: Tensor) -> Tensor:
-        made = select_decomp_table()[_BACKWARD]
-        return made(grad, ids, size, padding, scaled)
-
-    match.replace_by_example(sparse if _is_sparse(match) else dense, [grad, ids])
-
-
-def add_rows(table: Tensor, grad: Tensor, ids: Tensor, padding: int) -> Tensor:
-    """``table`` with the gradient of its rows ``ids`` added.
+def add_rows(table: Tensor, ids: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """``table`` with ``values`` added to its rows ``ids``.
 
     Args:
         table: [size, features].
-        grad: [*ids.shape, features], what arrives at the embedding's output.
-        ids: Integers in [0, size).
-        padding: The row that has no gradient, or a negative number.
+        ids: Integers in [-size, size), any shape.
+        values: [*ids.shape, features], in the dtype they are summed in.
+        mask: [*ids.shape, 1] or None; where it is false there is nothing to add, and ``ids`` may
+            be anything.
     """
+    if mask is not None:
+        values = torch.where(mask, values, torch.zeros_like(values))
+        ids = torch.where(mask.squeeze(-1), ids, torch.zeros_like(ids))
     ids = ids.reshape(-1)
-    tokens = ids.shape[0]
-    wide = get_computation_dtype(grad.dtype)
-    grad = grad.reshape(tokens, -1).to(wide)
-    grad = torch.where((ids == padding).unsqueeze(1), torch.zeros_like(grad), grad)
+    values = values.reshape(ids.shape[0], -1)
     # The tokens of one row share the slot of one of them, whichever wrote its number; the other
     # slots stay zero.
-    numbers = torch.arange(tokens, device=ids.device, dtype=ids.dtype)
-    slot = ids.new_zeros(table.shape[0]).index_put((ids,), numbers)[ids]
-    sums = torch.zeros_like(grad).index_put((slot,), grad, accumulate=True)
+    numbers = torch.arange(ids.shape[0], device=ids.device)
+    slots = torch.zeros(table.shape[0], dtype=torch.int64, device=ids.device)
+    slot = slots.index_put((ids,), numbers)[ids]
+    sums = torch.zeros_like(values).index_put((slot,), values, accumulate=True)
     return table.index_put((ids,), sums.to(table.dtype), accumulate=True)
+
+
+# ---- where it is found -----------------------------------------------------------------------
+
+_PATTERNS = PatternMatcherPass(pass_name="autochunk_embedding")
+
+
+def _is_sparse(match: Match) -> bool:
+    zeros, ids, values = (match.kwargs[name] for name in ("zeros", "ids", "values"))
+    if zeros.target is not aten.full.default or zeros.args[1] != 0:
+        return False
+    size, ids_val = zeros.meta["val"].shape, ids.meta["val"]
+    other = match.kwargs.get("other")
+    return (
+        len(size) == 2
+        and ids_val.dtype in (torch.int32, torch.int64)
+        and values.meta["val"].dim() == ids_val.dim() + 1
+        and hint(ids_val.numel()) * SPARSE <= hint(size[0])
+        and (other is None or tuple(other.meta["val"].shape) == tuple(size))
+        and (other is None or other.meta["val"].dtype == match.output_node().meta["val"].dtype)
+    )
+
+
+def _replace(match: Match, *, zeros: fx.Node, ids: fx.Node, values: fx.Node, **rest: Any) -> None:
+    given = [node for node in (rest.get("mask"), rest.get("other")) if node is not None]
+    size, out = zeros.meta["val"].shape, match.output_node().meta["val"]
+
+    def replacement(ids: Tensor, values: Tensor, *given: Tensor) -> Tensor:
+        named = dict(zip([n for n in ("mask", "other") if n in rest], given, strict=True))
+        table = named.get("other")
+        if table is None:
+            table = torch.zeros(tuple(size), dtype=out.dtype, device=out.device)
+        return add_rows(table, ids, values, named.get("mask"))
+
+    match.replace_by_example(replacement, [ids, values, *given])
+
+
+def _patterns() -> list[PatternExpr]:
+    """Both forms of the accumulation, alone, cast, and added to something else."""
+    zeros, mask, values, other = map(KeywordArg, ("zeros", "mask", "values", "other"))
+    ids = [KeywordArg("ids")]
+    masked = aten._unsafe_masked_index_put_accumulate.default
+    found: list[PatternExpr] = []
+    for first, is_cast, added in itertools.product((True, False), (True, False), (2, 1, 0)):
+        node = (
+            CallFunction(masked, zeros, mask, ids, values)
+            if first
+            else CallFunction(aten.index_put.default, zeros, ids, values, True)
+        )
+        if is_cast:
+            cast = torch.ops.prims.convert_element_type.default
+            node = CallFunction(cast, node, KeywordArg("dtype"))
+        if added:
+            node = CallFunction(aten.add.Tensor, *((node, other) if added == 1 else (other, node)))
+        found.append(node)
+    return found
+
+
+for _pattern in _patterns():
+    register_graph_pattern(_pattern, extra_check=_is_sparse, pass_dict=_PATTERNS)(_replace)

@@ -10,7 +10,7 @@
     4. What leaves is grouped by chain; each group is one region with its own copy of the body.
 
 What is not optimal: two losses over differently selected rows of the same logits become two
-regions, each with its own matrix product.
+regions, each with its own matrix product; so are two selections that meet in one op.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from autochunk.find import hint, op_name, source_line
 from autochunk.rules import Boundary, aten, bind, rule_for, same_rows, same_shape, same_size
 from autochunk.types import (
     NARROW,
+    Candidate,
     IndexCheck,
     Lifted,
     Lowered,
@@ -74,6 +75,7 @@ class Walk:
         env: The row value (or tuple of them) of each lifted node.
         values: Row values that the outer graph reads.
         splits, tail, deferred: as in :class:`Lifted`.
+        products: The head that each product in the body belongs to.
     """
 
     def __init__(self, lowered: Lowered, refused: frozenset[str]) -> None:
@@ -88,9 +90,11 @@ class Walk:
         self.row_inputs: dict[fx.Node, RowInput] = {}
         self.shared_inputs: dict[fx.Node, fx.Node] = {}
         self.index_uses: list[tuple[fx.Node, Any, bool, str]] = []
+        self.products: dict[fx.Node, Candidate] = {}
         self._found: dict[str, Refusal] = {}
         self._row_ops: list[RowOp] = []
         self._inputs: dict[Any, fx.Node] = {}
+        self._again: dict[Any, dict[fx.Node, fx.Node]] = {}
         self._current: fx.Node | None = None
 
     # ---- the loop
@@ -222,6 +226,7 @@ class Walk:
             emitted = self.emit(node.target, bias, rows, weight)
         else:
             emitted = self.emit(node.target, rows, weight)
+        self.products[emitted] = self.heads[node]
         grad = any(a in self.lowered.needs_grad for a in node.all_input_nodes)
         return replace(like, node=emitted, needs_grad=grad)
 
@@ -347,6 +352,40 @@ class Walk:
         self._row_ops.append(new)
         return new
 
+    def on_same_rows(self, operands: Sequence[RowValue]) -> list[RowValue]:
+        """Operands with one chain: of two selections of wide rows the second is computed again.
+
+        ``logits[:1] - logits[1:]``: the second term gets inputs of its own (``RowInput.own``), and
+        a product of its own. Narrow values that do not line up are combined outside instead.
+        """
+        first = operands[0]
+        if all(o.chain == first.chain for o in operands) or not any(map(self._is_wide, operands)):
+            return list(operands)
+        if not all(same_rows(o.row_shape, first.row_shape) for o in operands):
+            return list(operands)
+        return [o if o.chain == first.chain else self._compute_again(o, first) for o in operands]
+
+    def _compute_again(self, value: RowValue, like: RowValue) -> RowValue:
+        copies = self._again.setdefault((value.chain, like.chain), {})
+        needed = _ancestors([value.node])
+        for node in [n for n in self.body.nodes if n in needed and n not in copies]:
+            if node in self.row_inputs:
+                spec = self.row_inputs[node]
+                own = (*spec.own, *value.chain[len(spec.chain) :])
+                copies[node] = self._row_input(replace(spec, chain=like.chain, own=own))
+            elif node.op == "placeholder":
+                copies[node] = node
+            else:
+                copies[node] = self.body.node_copy(node, copies.__getitem__)
+                if node in self.products:
+                    self.products[copies[node]] = self.products[node]
+        self.index_uses += [
+            (copies[index], size, wraps, source)
+            for index, size, wraps, source in self.index_uses
+            if index in needed and copies[index] is not index
+        ]
+        return replace(value, node=copies[value.node], chain=like.chain)
+
     def shared(self, source: fx.Node) -> fx.Node:
         """A body node for an outer value that every chunk sees whole."""
         if not isinstance(source, fx.Node):
@@ -400,6 +439,7 @@ class Walk:
         """A body node for an operand that must have ``like``'s layout exactly (no broadcast)."""
         value = self.env.get(arg)
         if isinstance(value, RowValue):
+            _, value = self.on_same_rows([like, value])
             if (
                 value.is_row != like.is_row
                 or value.chain != like.chain
@@ -422,7 +462,7 @@ class Walk:
     # ---- inputs of the body
 
     def _row_input(self, spec: RowInput) -> fx.Node:
-        key = ("row", spec.source, spec.is_row, spec.chain, len(spec.row_shape))
+        key = ("row", spec.source, spec.is_row, spec.chain, len(spec.row_shape), spec.own)
         if key not in self._inputs:
             features = row_input_features(spec)
             val = spec.source.meta["val"]
@@ -505,7 +545,7 @@ def _region(name: str, walk: Walk, outputs: Sequence[RowValue]) -> Region:
         row_grads=tuple(i for i, p in enumerate(rows) if p in grads),
         shared_grads=tuple(i for i, p in enumerate(shared) if p in grads),
         rows=n_rows,
-        wide_features=sum(c.out_features for c in candidates),
+        wide_features=sum(c.out_features for p, c in walk.products.items() if p in needed),
         wide_itemsize=head_node.meta["val"].element_size(),
         saved_bytes=sum(c.logits_bytes for c in candidates),
     )

@@ -44,7 +44,6 @@ DECOMPOSITIONS = get_decompositions(
         aten.binary_cross_entropy_with_logits,
         aten.soft_margin_loss,
         aten.multi_margin_loss,
-        aten.multilabel_margin_loss_forward,
         aten.native_layer_norm,
         aten.addcmul,
         aten.addcdiv,
@@ -338,9 +337,17 @@ _SIZED = {
 
 
 def _sized_constants(gm: fx.GraphModule) -> None:
-    """``x.new_zeros(size)`` → ``full(size, 0)``: only ``x``'s dtype and device were used."""
+    """``x.new_zeros(size)`` → ``full(size, 0)``: only ``x``'s dtype and device were used.
+
+    The number that is assigned in ``x[..., 0] = 3`` is a tensor kept in the module: a ``full`` too.
+    """
     for node in list(gm.graph.nodes):
-        if node.target in _SIZED:
+        if node.target is aten.lift_fresh_copy.default and node.args[0].op == "get_attr":
+            tensor = getattr(gm, node.args[0].target)
+            if tensor.dim() != 0:
+                continue
+            size, fill = [], tensor.item()
+        elif node.target in _SIZED:
             size, fill = node.args[1], _SIZED[node.target]
         elif node.target is aten.new_full.default:
             size, fill = node.args[1], node.args[2]

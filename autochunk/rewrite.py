@@ -330,7 +330,7 @@ class _Writer:
             out = self._emit(aten.permute.default, out, inverse)
         current = tuple(spec.row_shape)
         sizes = [self._size(f) for f in features]
-        for step in region.chain[len(spec.chain) :]:
+        for step in (*spec.own, *region.chain[len(spec.chain) :]):
             if [str(s) for s in current] != [str(s) for s in step.in_shape]:
                 view = [*(self._size(s) for s in step.in_shape), *sizes]
                 out = self._emit(aten.reshape.default, out, view)

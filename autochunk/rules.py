@@ -83,15 +83,16 @@ def _register(family: str, targets: Iterable[Any]) -> Callable[[Any], Any]:
 # Each output element depends on the same element of every operand. Operands that span rows are
 # cut like the rows; operands that do not are the same for every row.
 def _pointwise(walk: Walk, node: fx.Node) -> RowValue:
-    operands = [walk.row_argument(node, a) for a in node.all_input_nodes if a in walk.env]
+    given = [a for a in node.all_input_nodes if a in walk.env]
+    operands = walk.on_same_rows([walk.row_argument(node, a) for a in given])
+    values = dict(zip(given, operands, strict=True))
     is_row = common_layout(operands, node.meta["val"].dim())
     like = operands[0]
     features = sum(not row for row in is_row)
 
     def lifted(arg: fx.Node) -> fx.Node:
-        value = walk.env.get(arg)
-        if isinstance(value, RowValue):
-            return pad_features(walk, value, features)
+        if arg in values:
+            return pad_features(walk, values[arg], features)
         return walk.outer_operand(arg, is_row, like)
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), lifted)
@@ -112,6 +113,7 @@ _register(
         aten.full_like.default,
         aten.empty_like.default,
         aten.fill.Scalar,
+        aten.fill.Tensor,
         aten.bucketize.Tensor,
         aten._prelu_kernel.default,
     ],
@@ -237,8 +239,11 @@ def _split_val(x: RowValue, shape: Sequence[Any], dtype: torch.dtype) -> torch.T
     [
         aten._softmax.default,
         aten._log_softmax.default,
+        aten._safe_softmax.default,
         aten.cumsum.default,
         aten.cumprod.default,
+        aten.cummax.default,
+        aten.cummin.default,
         aten.logcumsumexp.default,
         aten.sort.default,
         aten.sort.stable,
@@ -298,6 +303,7 @@ def _gather(walk: Walk, node: fx.Node) -> RowValue:
         aten.scatter.src,
         aten.scatter_add.default,
         aten.scatter.value_reduce,
+        aten.scatter_reduce.two,
     ],
 )
 def _scatter(walk: Walk, node: fx.Node) -> RowValue:
@@ -388,6 +394,93 @@ def _cat(walk: Walk, node: fx.Node) -> RowValue:
     return walk.result(node, emitted, like.is_row, like, operands)
 
 
+# As cat, along a new feature.
+@_register("along features", [aten.stack.default])
+def _stack(walk: Walk, node: fx.Node) -> RowValue:
+    tensors = list(node.args[0])
+    operands = [walk.env[t] for t in tensors if t in walk.env]
+    like = operands[0]
+    if not all(isinstance(o, RowValue) for o in operands) or not isinstance(like, RowValue):
+        raise Boundary("no-rule", "stack of a value of several parts")
+    (dim,) = _dims(bind(node)["dim"], len(like.is_row) + 1)
+    parts = [walk.aligned_operand(t, like) for t in tensors]
+    emitted = walk.emit(aten.stack.default, parts, 1 + sum(not r for r in like.is_row[:dim]))
+    is_row = (*like.is_row[:dim], False, *like.is_row[dim:])
+    return walk.result(node, emitted, is_row, like, operands)
+
+
+# What is written over the same features of every row comes from that row, or is one for all.
+@_register("along features", [aten.select_scatter.default, aten.slice_scatter.default])
+def _feature_scatter(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    x = walk.row_argument(node, bound["self"])
+    (dim,) = _dims(bound["dim"], len(x.is_row))
+    if x.is_row[dim]:
+        raise Boundary("mixes-rows", "some rows of the logits are overwritten")
+    if any(isinstance(bound.get(n), fx.Node) for n in ("index", "start", "end", "step")):
+        raise Boundary("no-rule", "features are overwritten at a symbolic number")
+    piece = x.is_row
+    if node.target is aten.select_scatter.default:
+        piece = x.is_row[:dim] + x.is_row[dim + 1 :]
+    source = bound["src"]
+    value = walk.env.get(source)
+    if isinstance(value, RowValue):
+        if value.is_row != piece or value.chain != x.chain:
+            raise Boundary("misaligned", "operands of different rows are combined")
+        bound["src"], operands = value.node, [x, value]
+    else:
+        bound["src"] = walk.outer_operand(source, piece, x, whole=True)
+        operands = [x]
+    (bound["dim"],) = stored_dims(x, [dim])
+    emitted = walk.emit_bound(node.target, {**bound, "self": x.node})
+    return walk.result(node, emitted, x.is_row, x, operands)
+
+
+# x[mask] = number is where(mask, number, x); x[..., ids] = number writes the same features of
+# every row; x[arange(N), labels] = y writes one feature of each row.
+@_register("along features", [aten.index_put.default])
+def _index_put(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    x = walk.row_argument(node, bound["self"])
+    indices, values, adds = list(bound["indices"]), bound["values"], bound["accumulate"]
+    indices += [None] * (len(x.is_row) - len(indices))
+    mask = indices[0]
+    if mask is not None and same_shape(mask.meta["val"].shape, x.shape):
+        if mask.meta["val"].dtype != torch.bool or values.meta["val"].numel() != 1 or adds:
+            raise Boundary("no-rule", "selected elements are overwritten one by one")
+        picked = walk.aligned_operand(mask, x)
+        filled = walk.emit(aten.where.self, picked, walk.shared(values), x.node)
+        operands = [x, *([walk.env[mask]] if mask in walk.env else [])]
+        return walk.result(node, filled, x.is_row, x, operands)
+    if any(i is not None and i in walk.env for i in indices):
+        raise Boundary("no-rule", "indexing by a tensor computed from the logits")
+    used = [d for d, i in enumerate(indices) if i is not None]
+    n_rows = sum(x.is_row)
+    if len(used) == 1 and not x.is_row[used[0]]:
+        if indices[used[0]].meta["val"].dim() != 1 or values.meta["val"].dim() != 0:
+            raise Boundary("no-rule", "features are overwritten by more than one number")
+        (stored,) = stored_dims(x, used)
+        places = walk.shared(indices[used[0]])
+        walk.note_index(places, x.shape[used[0]], wraps=True, node=node)
+        args = [None] * stored + [places]
+        emitted = walk.emit(aten.index_put.default, x.node, args, walk.shared(values), adds)
+        return walk.result(node, emitted, x.is_row, x, [x])
+    if x.is_row != (True,) * n_rows + (False,) or not _picks_one_feature(x, indices):
+        raise Boundary("misaligned", "rows of the logits are overwritten")
+    labels = _labels_of(walk, node, x, indices[n_rows])
+    value = walk.env.get(values)
+    rows_layout = (True,) * n_rows
+    if isinstance(value, RowValue):
+        if value.is_row != rows_layout or value.chain != x.chain:
+            raise Boundary("misaligned", "operands of different rows are combined")
+        source, operands = value.node, [x, value]
+    else:
+        source, operands = walk.outer_operand(values, rows_layout, x, whole=True), [x]
+    target = aten.scatter_add.default if adds else aten.scatter.src
+    emitted = walk.emit(target, x.node, 1, labels, walk.view(source, [1]))
+    return walk.result(node, emitted, x.is_row, x, operands)
+
+
 # Padding features pads each row alike.
 @_register("along features", [aten.constant_pad_nd.default])
 def _pad(walk: Walk, node: fx.Node) -> RowValue:
@@ -431,20 +524,34 @@ def _index(walk: Walk, node: fx.Node) -> RowValue:
         new_rows = node.meta["val"].dim() - (len(x.is_row) - n_rows)
         is_row = (True,) * new_rows + x.is_row[n_rows:]
         return walk.row_op(node, x, aten.index.Tensor, (indices[:n_rows],), is_row)
-    if used != list(range(n_rows + 1)) or not all(
-        _is_iota_of(indices[d], d, x.shape[:n_rows]) for d in range(n_rows)
-    ):
+    if not _picks_one_feature(x, indices):
         raise Boundary("misaligned", "rows and features are indexed together")
-    return _gather_labels(walk, node, x, indices[n_rows])
+    index = _labels_of(walk, node, x, indices[n_rows])
+    rest = [1] * (len(x.is_row) - n_rows - 1)
+    if rest:
+        index = walk.view(index, [1, *rest])
+        index = walk.emit(aten.expand.default, index, [-1, 1, *x.features[1:]])
+    gathered = walk.emit(aten.gather.default, x.node, 1, index)
+    emitted = walk.emit(aten.squeeze.dim, gathered, 1)
+    return walk.result(node, emitted, (True,) * n_rows + x.is_row[n_rows + 1 :], x, [x])
 
 
-def _gather_labels(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> RowValue:
+def _picks_one_feature(x: RowValue, indices: Sequence[Any]) -> bool:
+    """Whether indices are ``arange`` of each row dimension, then labels of the first feature."""
+    n_rows = sum(x.is_row)
+    used = [d for d, i in enumerate(indices) if i is not None]
+    return used == list(range(n_rows + 1)) and all(
+        _is_iota_of(indices[d], d, x.shape[:n_rows]) for d in range(n_rows)
+    )
+
+
+def _labels_of(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> fx.Node:
+    """``[rows, 1]`` labels that may count from the end, as non-negative numbers."""
     n_rows = sum(x.is_row)
     labels_val = labels.meta["val"]
     if labels_val.dtype == torch.bool or labels_val.dim() > n_rows:
         raise Boundary("misaligned", "labels are not one index per row")
-    rows_layout = (True,) * n_rows
-    picked = walk.outer_operand(labels, rows_layout, x, whole=True)
+    picked = walk.outer_operand(labels, (True,) * n_rows, x, whole=True)
     size = x.shape[n_rows]
     walk.note_index(picked, size, wraps=True, node=node)
     wrapped = walk.emit(
@@ -453,13 +560,7 @@ def _gather_labels(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> R
         walk.emit(aten.add.Scalar, picked, size),
         picked,
     )
-    rest = [1] * (len(x.is_row) - n_rows - 1)
-    wide_index = walk.view(wrapped, [1, *rest])
-    if rest:
-        wide_index = walk.emit(aten.expand.default, wide_index, [-1, 1, *x.features[1:]])
-    gathered = walk.emit(aten.gather.default, x.node, 1, wide_index)
-    emitted = walk.emit(aten.squeeze.dim, gathered, 1)
-    return walk.result(node, emitted, rows_layout + x.is_row[n_rows + 1 :], x, [x])
+    return walk.view(wrapped, [1])
 
 
 def _is_iota_of(index: fx.Node, dim: int, row_shape: Sequence[Any]) -> bool:
@@ -617,6 +718,33 @@ def _permute(walk: Walk, node: fx.Node) -> RowValue:
     if row_order == sorted(row_order):
         return walk.result(node, emitted, is_row, x, [x])
     return walk.row_op(node, x, aten.permute.default, (row_order,), is_row, emitted)
+
+
+# Repeating features repeats them in every row.
+@_register("layout", [aten.repeat.default])
+def _repeat(walk: Walk, node: fx.Node) -> RowValue:
+    x = walk.row_argument(node, node.args[0])
+    repeats = list(node.args[1])
+    new = len(repeats) - len(x.is_row)
+    if any(row and r != 1 for r, row in zip(repeats[new:], x.is_row, strict=True)):
+        raise Boundary("mixes-rows", "rows are repeated")
+    is_row = (False,) * new + x.is_row
+    stored = [1, *(r for r, row in zip(repeats, is_row, strict=True) if not row)]
+    padded = pad_features(walk, x, len(stored) - 1)
+    return walk.result(node, walk.emit(aten.repeat.default, padded, stored), is_row, x, [x])
+
+
+# Windows along one feature dimension of each row.
+@_register("layout", [aten.unfold.default])
+def _unfold(walk: Walk, node: fx.Node) -> RowValue:
+    bound = bind(node)
+    x = walk.row_argument(node, bound["self"])
+    (dim,) = _dims(bound["dimension"], len(x.is_row))
+    if x.is_row[dim]:
+        raise Boundary("mixes-rows", "windows of rows")
+    (stored,) = stored_dims(x, [dim])
+    emitted = walk.emit(aten.unfold.default, x.node, stored, bound["size"], bound["step"])
+    return walk.result(node, emitted, (*x.is_row, False), x, [x])
 
 
 # Repeating features repeats them in every row.

@@ -190,12 +190,14 @@ class RowInput:
             from the right, as broadcasting does.
         row_shape: The rows it is expanded to.
         chain: The row ops already applied when it was met.
+        own: Row ops of its own, applied before the rest of the region's chain.
     """
 
     source: fx.Node
     is_row: tuple[bool, ...]
     row_shape: tuple[int | torch.SymInt, ...]
     chain: tuple[RowOp, ...]
+    own: tuple[RowOp, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,7 @@ def work(
     batches: torch.Tensor,
     optimizer: torch.optim.Optimizer,
     options: Mapping[str, Any],
+    loss_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Trains a causal language model, one step per line from stdin.
 
@@ -173,13 +174,14 @@ def work(
         batches: Token ids ``[steps, batch, tokens]``.
         optimizer: Over the model's parameters.
         options: Of autochunk.
+        loss_of: Compiled instead of the model: from token ids to the loss.
     """
     channel, sys.stdout = sys.stdout, sys.stderr  # a library's print must not mix with the JSON
     device = next(model.parameters()).device
-    compiled: Any = model
+    compiled: Any = model if loss_of is None else loss_of
     if method != "eager":
         extra = {"options": dict(options)} if method == "autochunk" else {}
-        compiled = torch.compile(model, backend=method, **extra)
+        compiled = torch.compile(compiled, backend=method, **extra)
     memory = PeakMemory(device)
     with collect() as reports:
         for cpu_ids in batches:
@@ -188,7 +190,7 @@ def work(
             ids = cpu_ids.to(device)
             memory.start()
             started = time.perf_counter()
-            loss = compiled(input_ids=ids, labels=ids).loss
+            loss = compiled(ids) if loss_of else compiled(input_ids=ids, labels=ids).loss
             loss.backward()
             above, total = memory.stop()
             optimizer.step()

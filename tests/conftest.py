@@ -27,7 +27,7 @@ def no_codegen(monkeypatch):
     tested by the cases marked for it and by the other test files.
     """
 
-    def outer(gm, example_inputs, config_patches=None, decompositions=None):
+    def outer(gm, example_inputs, config_patches=None):
         return aot_eager(gm, example_inputs)
 
     def inner(gm, example_inputs):

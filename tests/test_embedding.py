@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import FLOOR, error
 from torch import nn
 
 from autochunk.embedding import SPARSE, add_rows
-from tests.compare import FLOOR, error
 
 VOCABULARY, HIDDEN = 8192, 32
 
@@ -63,22 +63,48 @@ def test_gradients(tied, options, dtype):
             assert error(ours, true) <= 2 * error(theirs, true) + FLOOR[dtype], name
 
 
+def test_other_accumulations():
+    """Any accumulation into zeros by row is one; those of another shape stay as they are."""
+
+    def function(x, w, y, ids, scores):
+        logits = F.linear(x, w)
+        rows = torch.zeros_like(w).index_put((ids,), x, accumulate=True)
+        grid = torch.zeros(9, VOCABULARY).index_put((y % 9, ids), scores, accumulate=True)
+        return F.cross_entropy(logits, y) + (w * rows).sum() + grid.square().sum()
+
+    x, scores = torch.randn(40, HIDDEN), torch.randn(40)
+    w = torch.randn(VOCABULARY, HIDDEN).requires_grad_()
+    y, ids = torch.randint(0, VOCABULARY, (2, 40))
+    ids[::3] = ids[0] - VOCABULARY  # negative, and the same row as a positive one
+    compiled = torch.compile(
+        function, backend="autochunk", options={"strict": True, "min_bytes": 0}
+    )
+    for leaf in (x, scores):
+        leaf.requires_grad_()
+    inputs = (x, w, y, ids, scores)
+    ours = torch.autograd.grad(compiled(*inputs), (x, w, scores))
+    theirs = torch.autograd.grad(function(*inputs), (x, w, scores))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_added(dtype):
     """Half precision sums once: a row that occurs 3 000 times does not saturate."""
-    ids = torch.tensor([5] * 3000 + [0, 7, 7, 2])
-    grad = torch.ones(len(ids), 4, dtype=dtype)
+    ids = torch.tensor([5] * 3000 + [0, 7, 7, -50, 2, 999])
+    mask = (ids < 50) & (ids != 2)
     table = torch.full((50, 4), 2.0, dtype=dtype)
     expected = table.clone()
     expected[5] += 3000
-    expected[0] += 1
-    expected[7] += 2  # row 2 is the padding
-    assert torch.equal(add_rows(table, grad, ids, 2), expected)
+    expected[0] += 2
+    expected[7] += 2
+    got = add_rows(table, ids, torch.ones(len(ids), 4), mask.unsqueeze(-1))
+    assert torch.equal(got, expected)
     assert torch.equal(table, torch.full((50, 4), 2.0, dtype=dtype))
 
 
 def test_shape_of_ids():
     ids = torch.tensor([[1, 2], [2, 3]])
-    grad = torch.arange(12.0).view(2, 2, 3)
-    expected = torch.zeros(6, 3).index_put((ids,), grad, accumulate=True)
-    assert torch.equal(add_rows(torch.zeros(6, 3), grad, ids, -1), expected)
+    values = torch.arange(12.0).view(2, 2, 3)
+    expected = torch.zeros(6, 3).index_put((ids,), values, accumulate=True)
+    assert torch.equal(add_rows(torch.zeros(6, 3), ids, values, None), expected)

@@ -33,6 +33,7 @@ SAMPLES = {
     aten.full_like.default: lambda z: torch.maximum(z, torch.full_like(z, 0.1)).sum(-1),
     aten.empty_like.default: lambda z: aten.fill.Scalar(torch.empty_like(z), 2.0).mul(z).sum(-1),
     aten.fill.Scalar: lambda z: (aten.fill.Scalar(z, 2.0) * z).sum(-1),
+    aten.fill.Tensor: lambda z: (aten.fill.Tensor(z, torch.tensor(2.0)) * z).sum(-1),
     aten.bucketize.Tensor: lambda z: torch.bucketize(
         z.detach(), torch.tensor([-1.0, 0.0, 1.0], dtype=z.dtype)
     ).sum(-1),
@@ -71,6 +72,9 @@ SAMPLES = {
     aten.nansum.default: lambda z: aten.nansum.default(z.square(), [-1]),
     aten._softmax.default: lambda z: z.softmax(-1).square().sum(-1),
     aten._log_softmax.default: lambda z: z.log_softmax(-1).exp().square().sum(-1),
+    aten._safe_softmax.default: lambda z: aten._safe_softmax.default(z, -1).square().sum(-1),
+    aten.cummax.default: lambda z: z.cummax(-1).values.sum(-1),
+    aten.cummin.default: lambda z: z.cummin(-1).values.sum(-1),
     aten.cumsum.default: lambda z: z.cumsum(-1).square().sum(-1),
     aten.cumprod.default: lambda z: (1 + 0.01 * z).cumprod(-1).sum(-1),
     aten.logcumsumexp.default: lambda z: z.logcumsumexp(-1).sum(-1),
@@ -88,10 +92,17 @@ SAMPLES = {
     aten.scatter.value_reduce: lambda z: aten.scatter.value_reduce(
         z.detach(), -1, _indices(z), 2.0, reduce="add"
     ).logsumexp(-1),
+    aten.scatter_reduce.two: lambda z: z.scatter_reduce(
+        -1, _indices(z), z[..., :1] * 2, "amax"
+    ).logsumexp(-1),
+    aten.index_put.default: lambda z: _assign(z, (..., torch.tensor([3, -1])), 0.5).logsumexp(-1),
+    aten.select_scatter.default: lambda z: _assign(z, (..., 3), z[..., 5] * 2).logsumexp(-1),
+    aten.slice_scatter.default: lambda z: _assign(z, (..., slice(40, None)), -9.0).logsumexp(-1),
     aten.index_select.default: lambda z: z.index_select(-1, torch.tensor([3, 1, 3])),
     aten.slice.Tensor: lambda z: z[..., 2:40:3].logsumexp(-1),
     aten.select.int: lambda z: z[..., 3] * z[:, :, -1],
     aten.cat.default: lambda z: torch.cat([z, z[..., :4] * 2], -1).logsumexp(-1),
+    aten.stack.default: lambda z: torch.stack([z, z * 2], 2).logsumexp(2).sum(-1),
     aten.constant_pad_nd.default: lambda z: F.pad(z, (1, 2), value=0.3).logsumexp(-1),
     aten.index.Tensor: lambda z: z[..., torch.tensor([3, 1, 3])],
     aten.mm.default: lambda z: (z.view(-1, V) @ _constant(V, 3).to(z)).tanh(),
@@ -110,6 +121,8 @@ SAMPLES = {
     aten.permute.default: lambda z: z.permute(2, 0, 1).logsumexp(0),
     aten.transpose.int: lambda z: z.transpose(1, 2).logsumexp(1),
     aten.t.default: lambda z: z.view(-1, V).t().logsumexp(0),
+    aten.repeat.default: lambda z: z.repeat(2, 1, 1, 3).logsumexp(-1).sum(0),
+    aten.unfold.default: lambda z: z.unfold(-1, 8, 4).logsumexp(-1).sum(-1),
     aten.expand.default: lambda z: (
         z.logsumexp(-1, keepdim=True).expand(B, T, 4) * _constant(4).to(z)
     ),
@@ -131,6 +144,67 @@ POINTWISE = {
 
 def _constant(*shape):
     return torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
+
+
+def _assign(z, where, value):
+    z = z.clone()
+    z[where] = value
+    return z
+
+
+#: Writes over elements of the logits, each another branch of one rule.
+WRITES = {
+    "mask": lambda z: _assign(z, z.detach() > 1, -3.0).logsumexp(-1),
+    "given mask": lambda z: _assign(z, _indices(z, V) % 3 == 0, 0.0).logsumexp(-1),
+    "features": lambda z: _assign(z, (..., torch.tensor([0, 9])), -3.0).logsumexp(-1),
+    "label": lambda z: _assign(
+        z, (torch.arange(B)[:, None], torch.arange(T), _indices(z)[..., 0]), -3.0
+    ).logsumexp(-1),
+    "margin": lambda z: _margin(z.view(-1, V)).logsumexp(-1),
+    "added": lambda z: (
+        z.view(-1, V)
+        .index_put(
+            (torch.arange(B * T), _indices(z).view(-1)), z.mean(-1).view(-1), accumulate=True
+        )
+        .logsumexp(-1)
+    ),
+    "row value": lambda z: _assign(z, (..., slice(1)), z.amax(-1, keepdim=True)).sum(-1),
+}
+
+
+def _margin(z):
+    z = z * 1.0
+    z[torch.arange(B * T), _indices(z).view(-1) - V] -= 0.35
+    return z
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes(name, no_codegen):
+    _compare(WRITES[name])
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        (lambda z: _assign(z, (slice(None), 0), 1.0).logsumexp(-1), "overwritten"),
+        (lambda z: _assign(z, (torch.tensor([0, 1]), torch.tensor([2, 3])), 1.0), "overwritten"),
+        (lambda z: _assign(z, z > 1, z[z > 1] * 2).logsumexp(-1), ""),
+        (lambda z: torch.cat([z[:, 1:], z[:, :1]], 1).logsumexp(-1), "rows are concatenated"),
+        (lambda z: z.repeat(1, 2, 1).logsumexp(-1), "rows are repeated"),
+        (lambda z: z.unfold(1, 2, 1).logsumexp(-1), "windows of rows"),
+    ],
+)
+def test_rows_are_not_mixed(sample, reason, no_codegen):
+    """Refused with a reason, and computed as ever."""
+    x, w = torch.randn(B, T, H), torch.randn(V, H)
+
+    def function(x, w):
+        return sample(F.linear(x, w)).float().mean()
+
+    explained = autochunk.explain(function, options=OPTIONS)(x, w)
+    assert not explained.chunked
+    assert reason in str(explained)
+    torch.testing.assert_close(explained.result, function(x, w))
 
 
 def _compare(sample):
