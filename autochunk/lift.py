@@ -8,6 +8,7 @@
        the value's chain, which is applied to the inputs of the body instead. Narrow values are
        selected outside.
     4. What leaves is grouped by chain; each group is one region with its own copy of the body.
+       Equal pieces that cover the rows are one value again before that (``pieces.py``).
 
 What is not optimal: two losses over differently selected rows of the same logits become two
 regions, each with its own matrix product; so are two selections that meet in one op.
@@ -26,6 +27,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autochunk.find import hint, op_name, source_line
+from autochunk.pieces import join
 from autochunk.rules import Boundary, aten, bind, rule_for, same_rows, same_shape, same_size
 from autochunk.types import (
     NARROW,
@@ -54,6 +56,7 @@ def lift(lowered: Lowered) -> Lifted:
         if not found:
             break
         refusals.update(found)
+    walk.join_pieces()
     regions = tuple(
         _region(f"region{i}", walk, group) for i, group in enumerate(_group(walk.values, walk))
     )
@@ -125,6 +128,14 @@ class Walk:
                         "not-reduced", op_name(node), detail, candidate.source
                     )
         return found
+
+    def join_pieces(self) -> None:
+        """Computes once what a loop over rows computes piece by piece."""
+        inner = {node: split.inner for node, split in self.splits.items()}
+        joined = join({**self.values, **inner}, self.body, self.row_inputs)
+        self.values = {node: joined[node] for node in self.values}
+        for node, split in self.splits.items():
+            self.splits[node] = replace(split, inner=joined[node])
 
     def _from(self, node: fx.Node, name: str) -> bool:
         value = self.env.get(node)

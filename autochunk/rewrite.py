@@ -28,7 +28,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from autochunk.lift import is_size, row_input_features
 from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
 from autochunk.tail import logical_order, output_index
-from autochunk.types import Cotangents, Lifted, Lowered, Plan, Region, RowInput, RowValue
+from autochunk.types import Cotangents, Lifted, Lowered, Plan, Region, RowInput, RowOp, RowValue
 
 aten = torch.ops.aten
 
@@ -299,9 +299,15 @@ class _Writer:
                 break
         else:
             raise KeyError(f"{value} is no region's output")
-        shape = [*value.row_shape, *value.features]
+        shape = [*value.computed_row_shape, *value.features]
         if len(shape) != 1 + len(value.features):
             out = self._emit(aten.view.default, out, [self._size(s) for s in shape])
+        features = [self._size(f) for f in value.features]
+        out = self._select_rows(out, value.selected, value.computed_row_shape, features)
+        if value.selected and str(value.selected[-1].out_shape) != str(value.row_shape):
+            out = self._emit(
+                aten.reshape.default, out, [*(self._size(s) for s in value.row_shape), *features]
+            )
         order = logical_order(value.is_row)
         if order != sorted(order):
             out = self._emit(aten.permute.default, out, order)
@@ -328,21 +334,29 @@ class _Writer:
         inverse = sorted(range(len(order)), key=order.__getitem__)
         if inverse != sorted(inverse):
             out = self._emit(aten.permute.default, out, inverse)
-        current = tuple(spec.row_shape)
         sizes = [self._size(f) for f in features]
-        for step in (*spec.own, *region.chain[len(spec.chain) :]):
+        steps = (*spec.own, *region.chain[len(spec.chain) :])
+        out = self._select_rows(out, steps, spec.row_shape, sizes)
+        if len(steps[-1].out_shape if steps else spec.row_shape) != 1:
+            out = self._emit(aten.reshape.default, out, [-1, *sizes])
+        return out
+
+    def _select_rows(
+        self, x: fx.Node, steps: Sequence[RowOp], rows: Sequence[Any], features: Sequence[Any]
+    ) -> fx.Node:
+        """Row ops on a ``[*rows, *features]`` node; the result has the last one's row shape."""
+        current = tuple(rows)
+        for step in steps:
             if [str(s) for s in current] != [str(s) for s in step.in_shape]:
-                view = [*(self._size(s) for s in step.in_shape), *sizes]
-                out = self._emit(aten.reshape.default, out, view)
+                view = [*(self._size(s) for s in step.in_shape), *features]
+                x = self._emit(aten.reshape.default, x, view)
             args = fx.map_arg(step.args, self._get)
             if step.target is aten.permute.default:
                 n = len(step.in_shape)
                 args = ([*args[0], *range(n, n + len(features))],)
-            out = self._emit(step.target, out, *args)
+            x = self._emit(step.target, x, *args)
             current = step.out_shape
-        if len(current) != 1:
-            out = self._emit(aten.reshape.default, out, [-1, *sizes])
-        return out
+        return x
 
     def _cotangents(self, known: Cotangents) -> list[fx.Node]:
         """Inlines the graph that computes a region's cotangents."""

@@ -170,7 +170,7 @@ def _trace_vjp(
     sizes: dict[str, Any] = {}
     seen = [*region.outputs, *(v for v in lifted.values.values() if belongs(v, region))]
     for value in seen:
-        for size in (*value.row_shape, value.rows, *value.features):
+        for size in (*value.row_shape, *value.computed_row_shape, value.rows, *value.features):
             if isinstance(size, torch.SymInt):
                 sizes[str(size)] = size
 
@@ -223,8 +223,16 @@ def map_args(args: Any, env: dict[fx.Node, Any]) -> Any:
 
 def _to_logical(stored: torch.Tensor, value: RowValue, sizes: dict[str, Any]) -> torch.Tensor:
     """``[rows, *features]`` → the user's shape; symbolic sizes are looked up by their text."""
-    shape = [sizes.get(str(s), s) for s in (*value.row_shape, *value.features)]
-    out = stored.view(shape)
+    features = [sizes.get(str(s), s) for s in value.features]
+    current = value.computed_row_shape
+    out = stored.view([*(sizes.get(str(s), s) for s in current), *features])
+    for step in value.selected:
+        if current != step.in_shape:
+            out = out.reshape([*(sizes.get(str(s), s) for s in step.in_shape), *features])
+        out = step.target(out, *step.args)
+        current = step.out_shape
+    if current != value.row_shape:
+        out = out.reshape([*(sizes.get(str(s), s) for s in value.row_shape), *features])
     order = logical_order(value.is_row)
     return out if order == sorted(order) else out.permute(order)
 

@@ -157,6 +157,8 @@ class RowValue:
         heads: The heads it was computed from.
         needs_grad: Whether a gradient flows through it.
         val: A fake tensor with its dtype and device.
+        selected: Row ops that are done on the result instead of the inputs: ``node`` has the rows
+            before them, the user's value those after.
     """
 
     node: fx.Node
@@ -166,10 +168,15 @@ class RowValue:
     heads: frozenset[str]
     needs_grad: bool
     val: torch.Tensor
+    selected: tuple[RowOp, ...] = ()
 
     @property
     def rows(self) -> int | torch.SymInt:
-        return prod(self.row_shape)
+        return prod(self.computed_row_shape)
+
+    @property
+    def computed_row_shape(self) -> tuple[int | torch.SymInt, ...]:
+        return self.selected[0].in_shape if self.selected else self.row_shape
 
     @property
     def row_shape(self) -> tuple[int | torch.SymInt, ...]:

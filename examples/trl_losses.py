@@ -100,6 +100,8 @@ class PlainHead(torch.nn.Module):
     and whether the label ``is_top1``.
     """
 
+    is_gradient_checkpointing = False
+
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model

@@ -576,7 +576,7 @@ def feeds_another_layer(x, w, u):
     return F.linear(F.gelu(F.linear(x, w)), u).sum()
 
 
-@case("misaligned")
+@case("fused")
 def rows_meet_other_rows(x, w, y):
     logits = F.linear(x, w)
     return (logits[1:] - logits[:-1]).square().sum()

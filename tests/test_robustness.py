@@ -300,7 +300,7 @@ def test_retain_graph(strategy: str) -> None:
         try:
             loss.backward(retain_graph=True)
         except RuntimeError as error_:
-            assert "donated buffer" in str(error_)
+            assert "donated buffer" in str(error_)  # noqa: PT017
             assert x.grad is None
             assert w.grad is None
         else:
