@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     add_arguments(parser)
+    parser.set_defaults(memory_budget="24MiB")  # of 192 MiB of logits
     args = parser.parse_args()
     check_arguments(parser, args)
     if args.loss == "dpo" and args.batch % 2:
@@ -149,8 +150,12 @@ class _Trainer:
         self.accelerator = _OneProcess()
         self.args = SimpleNamespace(delta=None, use_bias_correction_kl=False)
         self.aux_loss_enabled = False
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self.forget_metrics()
         self.__dict__.update(settings)
+
+    def forget_metrics(self) -> None:
+        """Dynamo would compile anew for each length of the lists of past metrics."""
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
 
 
 def grpo(policy: PlainHead) -> Any:
@@ -180,6 +185,7 @@ def grpo(policy: PlainHead) -> Any:
     )
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
+        trainer.forget_metrics()
         batch, tokens = ids.shape
         start = tokens // 4
         lengths = tokens - start - torch.arange(batch) * (tokens // 16)
@@ -216,6 +222,7 @@ def dpo(policy: PlainHead) -> Any:
     trainer.args.gradient_checkpointing_kwargs = None
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
+        trainer.forget_metrics()
         tokens = ids.shape[1]
         mask = (torch.arange(tokens) >= tokens // 4).long().expand_as(ids)
         inputs = {

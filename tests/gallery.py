@@ -629,6 +629,11 @@ def text(s: Sizes, dtype: torch.dtype) -> Tensor:
     return torch.randn(s.vocabulary, s.hidden).to(dtype).requires_grad_()
 
 
+def embeddings(s: Sizes, dtype: torch.dtype) -> Tensor:
+    """[M, H], one side of a square batch: M is the vocabulary, 4096 at most."""
+    return torch.randn(min(s.vocabulary, 4096), s.hidden).to(dtype).requires_grad_()
+
+
 def log_temperature(s: Sizes, dtype: torch.dtype) -> Tensor:
     return torch.tensor(1.5, dtype=dtype, requires_grad=True)
 
@@ -643,8 +648,8 @@ def info_nce(a, b, scale):
 
 @entry(
     "not language models",
-    text,
-    text,
+    embeddings,
+    embeddings,
     log_temperature,
     expect="mixes-rows",
     parallel=False,
@@ -657,7 +662,7 @@ def clip(a, b, scale):
     return (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
 
 
-@entry("not language models", text, text, log_temperature)
+@entry("not language models", embeddings, embeddings, log_temperature)
 def clip_with_two_products(a, b, scale):
     """As OpenCLIP writes it: a product for each direction."""
     a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
@@ -667,7 +672,7 @@ def clip_with_two_products(a, b, scale):
     return (F.cross_entropy(images, y) + F.cross_entropy(texts, y)) / 2
 
 
-@entry("not language models", text)
+@entry("not language models", embeddings)
 def sim_clr(z):
     """NT-Xent: both views in one batch, the diagonal is masked out."""
     z = F.normalize(z, dim=-1)
@@ -677,7 +682,7 @@ def sim_clr(z):
     return F.cross_entropy(logits, (torch.arange(n) + n // 2) % n)
 
 
-@entry("not language models", text, text)
+@entry("not language models", embeddings, embeddings)
 def sig_lip(a, b):
     """A sigmoid for each pair (Zhai et al. 2023)."""
     logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T * 10 - 10

@@ -1,0 +1,225 @@
+"""Measures the gallery of losses and the model families, and writes docs/coverage.md.
+
+    python docs/coverage.py                    everything, about half an hour on two cores
+    python docs/coverage.py --only grpo dpo    some entries, printed and not written
+
+Each entry runs with Inductor and with autochunk, each in a process of its own that measures one
+entry after the other: the second of two steps counts. A third process computes float64 gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
+
+from _compare import MIB, PeakMemory, _status_bytes  # noqa: E402
+from families import FAMILIES, arguments, build  # noqa: E402
+from gallery import GALLERY, Sizes  # noqa: E402
+
+METHODS = ("float64", "inductor", "autochunk")
+LOSSES = Sizes(batch=4, time=256, hidden=64, vocabulary=32768)
+MODELS = Sizes(batch=4, time=256, hidden=32, vocabulary=32768)
+OPTIONS = {"memory_budget": "8MiB", "strict": True}
+HEADER = """# Coverage
+
+What people write after a big linear layer (`tests/gallery.py`) and model families of transformers
+(`tests/families.py`), as `python docs/coverage.py` measured them: {rows} tokens, vocabulary
+{vocabulary}, float32, {logits} MiB of logits, chunks of 8 MiB, on a CPU with torch {torch}.
+
+- **peak**: of a forward and backward pass above what was held before it, next to Inductor's.
+- **error**: of the worst gradient from float64, next to Inductor's, both relative to its norm.
+
+{summary}
+"""
+
+
+def main() -> int:
+    """Measures in child processes, or is one of them; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    names = [name for name, _, _ in _entries()]
+    unknown = [name for name in args.only if name not in names]
+    if unknown:
+        parser.error(f"--only: no entry {unknown[0]!r}; there are {', '.join(names)}")
+    if args.worker:
+        _work(args.worker, Path(args.directory), args.only)
+        return 0
+    with tempfile.TemporaryDirectory() as directory:
+        for method in METHODS:
+            command = [sys.executable, __file__, "--worker", method, "--directory", directory]
+            if args.only:
+                command += ["--only", *args.only]
+            # See examples/_compare.py: freed tensors are given back, or the peak is not seen.
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+            subprocess.run(command, check=True, env=environment)
+        page, wrong = _page(Path(directory), args.only)
+    print(page)
+    if not args.only:
+        (ROOT / "docs" / "coverage.md").write_text(page)
+    return 1 if wrong else 0
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+
+def _entries() -> list[tuple[str, str, Any]]:
+    """(name, group, entry) of everything."""
+    found: list[tuple[str, str, Any]] = [(e.name, e.group, e) for e in GALLERY]
+    return found + [(f.label, "transformers", f) for f in FAMILIES]
+
+
+def _case(name: str, entry: Any) -> tuple[Callable[..., Any], list[Any], list[torch.Tensor], bool]:
+    """(function, arguments, what it is differentiated by, whether sizes depend on data)."""
+    if hasattr(entry, "function"):
+        inputs = entry.inputs(LOSSES, torch.float32)
+        leaves = [t for t in inputs if t.requires_grad]
+        return entry.function, inputs, leaves, entry.unbacked
+    model = build(entry, MODELS.vocabulary)
+    ids = torch.randint(4, MODELS.vocabulary, (MODELS.batch, MODELS.time))
+    named = arguments(entry, model, ids)
+    return model, [named], [p for p in model.parameters() if p.requires_grad], False
+
+
+def _work(method: str, directory: Path, only: list[str]) -> None:
+    warnings.simplefilter("ignore")
+    for name, _, entry in _entries():
+        if only and name not in only:
+            continue
+        torch._dynamo.reset()
+        try:
+            found = _measure(method, name, entry, directory)
+        except Exception as error:  # one that fails is a row of the table
+            found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        (directory / f"{method}-{name}.json").write_text(json.dumps(found))
+        print(method, name, found, file=sys.stderr, flush=True)
+
+
+def _measure(method: str, name: str, entry: Any, directory: Path) -> dict[str, Any]:
+    function, inputs, leaves, unbacked = _case(name, entry)
+    if method == "float64":
+        for leaf in leaves:
+            leaf.data = leaf.data.double()
+        inputs = [_doubled(value) for value in inputs]
+        call = function
+    elif method == "inductor":
+        call = torch.compile(function)
+    else:
+        call = torch.compile(function, backend="autochunk", options=OPTIONS)
+    from autochunk.report import collect
+
+    memory = PeakMemory(torch.device("cpu"))
+    with (
+        collect() as reports,
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=unbacked),
+    ):
+        for _ in range(1 if method == "float64" else 2):
+            for leaf in leaves:
+                leaf.grad = None
+            memory.start()
+            _total(call(**inputs[0]) if isinstance(inputs[0], dict) else call(*inputs)).backward()
+            above = _status_bytes("VmHWM") - memory.base
+    torch.save([leaf.grad for leaf in leaves], directory / f"{method}-{name}.pt")
+    rows = [row for report in reports for row in report.rows]
+    chunked = [row for row in rows if row.refusal is None]
+    refused = [row.refusal.code for row in rows if row.refusal is not None]
+    return {
+        "peak": above,
+        "strategies": sorted({s for row in chunked for s in row.strategy.split(" + ")}),
+        "refused": sorted(set(refused)),
+    }
+
+
+def _doubled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _doubled(item) for key, item in value.items()}
+    return value.double() if value.is_floating_point() and not value.requires_grad else value
+
+
+def _total(result: Any) -> torch.Tensor:
+    if hasattr(result, "loss"):
+        return result.loss
+    parts = result if isinstance(result, tuple) else (result,)
+    return sum(part.sum() for part in parts if part.requires_grad)
+
+
+# ---- the page --------------------------------------------------------------------------------
+
+
+def _page(directory: Path, only: list[str]) -> tuple[str, list[str]]:
+    """The page, and the names of entries that are wrong."""
+    tables: dict[str, list[list[str]]] = {}
+    wrong, counted, halved = [], 0, 0
+    for name, group, entry in _entries():
+        if only and name not in only:
+            continue
+        found = {m: json.loads((directory / f"{m}-{name}.json").read_text()) for m in METHODS}
+        failed = next((f"{m}: {f['failed']}" for m, f in found.items() if "failed" in f), "")
+        what = f"{name}, {entry.kind}" if hasattr(entry, "kind") else name
+        if failed:
+            wrong.append(name)
+            tables.setdefault(group, []).append([what, failed, "", ""])
+            continue
+        ours, theirs = found["autochunk"], found["inductor"]
+        errors = [_error(directory, m, name) for m in ("autochunk", "inductor")]
+        if not errors[0] <= 2 * errors[1] + 2e-6:
+            wrong.append(name)
+        peak = f"{ours['peak'] / MIB:.0f} / {theirs['peak'] / MIB:.0f} MiB"
+        ratio = ours["peak"] / theirs["peak"]
+        result = " + ".join(ours["strategies"]) or ", ".join(ours["refused"])
+        if getattr(entry, "parallel", True):
+            counted += 1
+            halved += bool(ours["strategies"]) and ratio <= 0.5
+        tables.setdefault(group, []).append(
+            [what, result, f"{peak} = {ratio:.2f}", f"{errors[0]:.1e} / {errors[1]:.1e}"]
+        )
+    headers = ["", "result", "peak", "error"]
+    body = "\n\n".join(
+        f"## {group.capitalize()}\n\n" + tabulate(rows, headers, tablefmt="github")
+        for group, rows in tables.items()
+    )
+    summary = (
+        f"{halved} of {counted} entries whose rows are independent are chunked with at most half "
+        f"of Inductor's peak; {len(wrong)} wrong{': ' + ', '.join(wrong) if wrong else ''}."
+    )
+    header = HEADER.format(
+        rows=LOSSES.batch * LOSSES.time,
+        vocabulary=LOSSES.vocabulary,
+        logits=LOSSES.batch * LOSSES.time * LOSSES.vocabulary * 4 // MIB,
+        torch=torch.__version__,
+        summary=summary,
+    )
+    return header + "\n" + body + "\n", wrong
+
+
+def _error(directory: Path, method: str, name: str) -> float:
+    """The largest relative distance of a gradient from float64."""
+    ours = torch.load(directory / f"{method}-{name}.pt")
+    exact = torch.load(directory / f"float64-{name}.pt")
+    worst = 0.0
+    for a, b in zip(ours, exact, strict=True):
+        if b is not None:
+            worst = max(worst, ((a - b).norm() / b.norm().clamp(min=1e-30)).item())
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())
