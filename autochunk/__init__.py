@@ -7,8 +7,9 @@ from autochunk.backend import FallbackWarning, autochunk
 from autochunk.config import OptionError, Options, options
 from autochunk.deferred import DeferredTensor, StaleError
 from autochunk.explain import Explanation, explain
+from autochunk.functional import chunked_linear
 from autochunk.report import Report, Row
-from autochunk.types import REFUSAL_CODES, Refusal
+from autochunk.types import REFUSAL_CODES, Refusal, RefusedError
 from autochunk.version import __version__
 
 __all__ = [
@@ -19,11 +20,13 @@ __all__ = [
     "OptionError",
     "Options",
     "Refusal",
+    "RefusedError",
     "Report",
     "Row",
     "StaleError",
     "__version__",
     "autochunk",
+    "chunked_linear",
     "explain",
     "options",
 ]

@@ -21,14 +21,23 @@ from autochunk.config import OptionError, Options
 from autochunk.deferred import defer, no_saved_tensors_hooks
 from autochunk.donation import donation_aware
 from autochunk.embedding import embedding_gradients
-from autochunk.find import find, op_name, source_line
+from autochunk.find import AMPLIFY, find, op_name, source_line
 from autochunk.lift import lift, row_input_features
 from autochunk.lower import lower, refuse_to_lower
 from autochunk.plan import plan
 from autochunk.report import Report, Row, next_graph, publish, write_debug
 from autochunk.rewrite import Rewritten, Scheduled, rewrite
 from autochunk.tail import cotangents, differentiable_outputs
-from autochunk.types import Candidate, Cotangents, Lifted, Lowered, Plan, Refusal, Region
+from autochunk.types import (
+    Candidate,
+    Cotangents,
+    Lifted,
+    Lowered,
+    Plan,
+    Refusal,
+    RefusedError,
+    Region,
+)
 from autochunk.version import __version__
 
 
@@ -42,6 +51,7 @@ def autochunk(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    required: bool = False,
     **extra: Any,
 ) -> Callable[..., Any]:
     """The compiler function behind ``torch.compile(..., backend="autochunk")``.
@@ -51,9 +61,12 @@ def autochunk(
         example_inputs: Its inputs.
         mode: Inductor's mode.
         options: See :class:`autochunk.Options`.
+        required: A linear counts as a head whatever its ratio of features, and if none can be
+            chunked that is an error.
 
     Raises:
         OptionError: for options that are not valid.
+        RefusedError: where a rewrite is ``required`` and not possible.
         Exception: what failed in a rewrite, with ``strict``.
     """
     parsed = Options.parse(options, mode)
@@ -62,11 +75,13 @@ def autochunk(
         # Anomaly detection looks for nan in each gradient, which a traced one cannot answer; a
         # checkpoint around the compiled function must not count what tracing saves.
         with torch.autograd.set_detect_anomaly(False), no_saved_tensors_hooks():
-            made = _rewrite(gm, parsed, graph)
+            made = _rewrite(gm, parsed, graph, 1 if required else AMPLIFY)
+        if required:
+            _raise_refusal(made.report)
         compiled = made.compile(example_inputs, parsed)
         publish(made.report, parsed.debug is not None)
         return compiled
-    except OptionError:
+    except (OptionError, RefusedError):
         raise
     except Exception as error:
         if parsed.strict:
@@ -113,8 +128,16 @@ def _inductor_with_regions(
     return compile_fx(gm, list(example_inputs), config_patches=patches)
 
 
-def _rewrite(gm: fx.GraphModule, options: Options, number: int) -> _Made:
-    candidates, refused = find(gm, options.min_bytes)
+def _raise_refusal(report: Report) -> None:
+    reasons = [row.refusal for row in report.rows]
+    if reasons and None not in reasons:
+        worst = next((r for r in reasons if r and r.code not in ("small", "single-row")), None)
+        if worst is not None:
+            raise RefusedError(worst)
+
+
+def _rewrite(gm: fx.GraphModule, options: Options, number: int, amplify: float) -> _Made:
+    candidates, refused = find(gm, options.min_bytes, amplify)
     refusals: dict[str, Refusal] = {c.name: r for c, r in refused}
     every = [*candidates, *(c for c, _ in refused)]
     for candidate in candidates:

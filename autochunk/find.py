@@ -26,13 +26,14 @@ _LAYERS = {F.scaled_dot_product_attention, torch.bmm, F.conv1d, F.conv2d, "bmm"}
 
 
 def find(
-    gm: fx.GraphModule, min_bytes: int
+    gm: fx.GraphModule, min_bytes: int, amplify: float = AMPLIFY
 ) -> tuple[tuple[Candidate, ...], tuple[tuple[Candidate, Refusal], ...]]:
     """Candidates of a Dynamo graph.
 
     Args:
         gm: Nodes carry ``meta["example_value"]``, as Dynamo leaves them.
         min_bytes: Outputs below this are refused as ``small``.
+        amplify: Least ratio of output to input features.
 
     Returns:
         The candidates worth analysing, and those refused at a glance with the reason. Linears
@@ -43,7 +44,7 @@ def find(
     refused: list[tuple[Candidate, Refusal]] = []
     for node, owner in _with_bodies(gm, owner=None):
         candidate = as_candidate(node)
-        if candidate is None:
+        if candidate is None or candidate.out_features < amplify * candidate.in_features:
             continue
         refusal = _refuse_at_a_glance(candidate, min_bytes)
         if refusal is None and owner is not None:
@@ -85,8 +86,6 @@ def as_candidate(node: fx.Node) -> Candidate | None:
     if x_val.dim() < 2 or w_val.dim() != 2 or out.dim() < 2 or not out.is_floating_point():
         return None
     in_features, out_features = hint(x_val.shape[-1]), hint(out.shape[-1])
-    if out_features < AMPLIFY * in_features:
-        return None
     return Candidate(
         node=node,
         x=x,

@@ -169,6 +169,7 @@ def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
     _cast_before_transpose(lowered)
     _split_to_slices(lowered)
     _sized_constants(lowered)
+    _numbers_to_tensors(lowered)
     lowered.graph.eliminate_dead_code()
     lowered.recompile()
     return Lowered(
@@ -361,6 +362,51 @@ def _sized_constants(gm: fx.GraphModule) -> None:
             constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
         gm.graph.erase_node(node)
+
+
+_WITH_TENSOR = {
+    aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+    aten.div.Scalar: aten.div.Tensor,
+    aten.add.Scalar: aten.add.Tensor,
+    aten.sub.Scalar: aten.sub.Tensor,
+    aten.gt.Scalar: aten.gt.Tensor,
+    aten.ge.Scalar: aten.ge.Tensor,
+    aten.lt.Scalar: aten.lt.Tensor,
+    aten.le.Scalar: aten.le.Tensor,
+}
+
+
+def _numbers_to_tensors(gm: fx.GraphModule) -> None:
+    """``logits / s`` of a symbolic number → of a tensor without dimensions, an input like others.
+
+    A Python float that changes from call to call (a schedule's temperature) arrives as such a
+    number. Both kinds of operand take part in type promotion alike where the other has dimensions.
+    The tensor is made by a product: the only way from a float to a tensor at which AOTAutograd
+    does not specialise the graph to the float's present value.
+    """
+    for node in list(gm.graph.nodes):
+        target = _WITH_TENSOR.get(node.target, node.target)
+        if not isinstance(target, torch._ops.OpOverload):
+            continue
+        out = node.meta.get("val")
+        for i, (arg, spec) in enumerate(zip(node.args, target._schema.arguments, strict=False)):
+            number = arg.meta.get("val") if isinstance(arg, fx.Node) else None
+            if str(spec.type) != "Tensor" or not isinstance(number, torch.SymFloat | torch.SymInt):
+                continue
+            dtype = torch.float64 if isinstance(number, torch.SymFloat) else torch.int64
+            kwargs = {"dtype": dtype, "device": out.device}
+            meta = {**node.meta, "val": out.new_empty((), dtype=dtype)}
+            with gm.graph.inserting_before(node):
+                if isinstance(number, torch.SymInt):
+                    made = gm.graph.call_function(aten.scalar_tensor.default, (arg,), kwargs)
+                else:
+                    one = gm.graph.call_function(aten.full.default, ([], 1.0), kwargs)
+                    one.meta = dict(meta)
+                    made = gm.graph.call_function(aten.mul.Tensor, (one, arg))
+            made.meta = meta
+            node.update_arg(i, made)
+            node.target = target
 
 
 def _remove_fresh_mutations(gm: fx.GraphModule) -> None:

@@ -269,10 +269,10 @@ class _Writer:
 
     def _get(self, node: fx.Node) -> Any:
         """The new node (or number) of a lowered node."""
-        if is_size(node):
-            return self._size(node.meta["val"])
         if node in self.outer:
             return self.outer[node]
+        if is_size(node) and not isinstance(node.meta["val"], torch.SymFloat):
+            return self._size(node.meta["val"])
         if node in self.lifted.values:
             return self._value(self.lifted.values[node], node)
         self._copy(node)
@@ -401,7 +401,7 @@ class _Writer:
 
     def _remember_sizes(self, node: fx.Node, val: Any) -> None:
         """Notes which symbols a new node can provide."""
-        if isinstance(val, torch.SymInt):
+        if isinstance(val, torch.SymInt | torch.SymFloat):
             expr = val.node.expr
             if isinstance(expr, sympy.Symbol):
                 self.sizes.setdefault(expr, node)

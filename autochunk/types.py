@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import ShortenTraceback
 
 #: A value is narrow if its features per row are at most this share of the logits'.
 NARROW = 8
@@ -71,6 +72,21 @@ class Refusal:
     def __post_init__(self) -> None:
         if self.code not in REFUSAL_CODES:
             raise KeyError(f"no refusal code {self.code!r}")
+
+
+class RefusedError(ShortenTraceback, ValueError):
+    """What was asked to be chunked cannot be (only raised by ``autochunk.chunked_linear``).
+
+    Attributes:
+        refusal: The reason.
+    """
+
+    def __init__(self, refusal: Refusal) -> None:
+        where = f" ({refusal.source})" if refusal.source else ""
+        message = f"autochunk: cannot chunk this: {refusal.op}: {refusal.detail}{where}"
+        help_ = f"{refusal.code}: {REFUSAL_CODES[refusal.code]}"
+        super().__init__(f"{message}. {help_}", first_useful_frame=None)  # type: ignore[call-arg]
+        self.refusal = refusal
 
 
 @dataclass(frozen=True)

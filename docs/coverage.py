@@ -2,6 +2,7 @@
 
     python docs/coverage.py                    everything, about half an hour on two cores
     python docs/coverage.py --only grpo dpo    some entries, printed and not written
+    python docs/coverage.py --results DIR      keeps each result in DIR, and goes on from there
 
 Each entry runs with Inductor and with autochunk, each in a process of its own that measures one
 entry after the other: the second of two steps counts. A third process computes float64 gradients.
@@ -32,7 +33,8 @@ from gallery import GALLERY, Sizes  # noqa: E402
 
 METHODS = ("float64", "inductor", "autochunk")
 LOSSES = Sizes(batch=4, time=256, hidden=64, vocabulary=32768)
-MODELS = Sizes(batch=4, time=256, hidden=32, vocabulary=32768)
+#: Short sequences: some state-space models loop over time in Python.
+MODELS = Sizes(batch=32, time=32, hidden=32, vocabulary=32768)
 OPTIONS = {"memory_budget": "8MiB", "strict": True}
 HEADER = """# Coverage
 
@@ -54,24 +56,26 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--directory", help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, metavar="DIR")
     args = parser.parse_args()
     names = [name for name, _, _ in _entries()]
     unknown = [name for name in args.only if name not in names]
     if unknown:
         parser.error(f"--only: no entry {unknown[0]!r}; there are {', '.join(names)}")
     if args.worker:
-        _work(args.worker, Path(args.directory), args.only)
+        _work(args.worker, args.results, args.only)
         return 0
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = args.results or Path(temporary)
+        directory.mkdir(exist_ok=True)
         for method in METHODS:
-            command = [sys.executable, __file__, "--worker", method, "--directory", directory]
+            command = [sys.executable, __file__, "--worker", method, "--results", str(directory)]
             if args.only:
                 command += ["--only", *args.only]
             # See examples/_compare.py: freed tensors are given back, or the peak is not seen.
             environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
             subprocess.run(command, check=True, env=environment)
-        page, wrong = _page(Path(directory), args.only)
+        page, wrong = _page(directory, args.only)
     print(page)
     if not args.only:
         (ROOT / "docs" / "coverage.md").write_text(page)
@@ -102,14 +106,15 @@ def _case(name: str, entry: Any) -> tuple[Callable[..., Any], list[Any], list[to
 def _work(method: str, directory: Path, only: list[str]) -> None:
     warnings.simplefilter("ignore")
     for name, _, entry in _entries():
-        if only and name not in only:
+        path = directory / f"{method}-{name}.json"
+        if (only and name not in only) or path.exists():
             continue
         torch._dynamo.reset()
         try:
             found = _measure(method, name, entry, directory)
         except Exception as error:  # one that fails is a row of the table
             found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-        (directory / f"{method}-{name}.json").write_text(json.dumps(found))
+        path.write_text(json.dumps(found))
         print(method, name, found, file=sys.stderr, flush=True)
 
 

@@ -41,7 +41,9 @@ from _compare import (
 from finetune_smollm import find_gguf, load_smollm, load_tiny
 
 METHODS = ("eager", "inductor", "autochunk")
-TOLERANCE = 1e-5
+#: DPO's loss is a difference of sums of some 200 log-probabilities: eager and Inductor differ by
+#: 2e-5 there.
+TOLERANCES = {"grpo": 1e-5, "dpo": 5e-5}
 
 
 def main() -> int:
@@ -67,9 +69,10 @@ def main() -> int:
         print_losses(runs)
         print(runs[-1].report, end="\n\n")
         print_summary(runs)
+        tolerance = TOLERANCES[args.loss]
         return conclude(
-            failures(runs[-1], runs[0], TOLERANCE),
-            f"All {args.steps} losses agree with eager's to {TOLERANCE:.0e} (relative).",
+            failures(runs[-1], runs[0], tolerance),
+            f"All {args.steps} losses agree with eager's to {tolerance:.0e} (relative).",
         )
     torch.manual_seed(0)
     text = language_reference()

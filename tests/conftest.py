@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
@@ -44,3 +46,13 @@ def no_codegen(monkeypatch):
     autochunk.runtime.REGIONS.clear()
     yield
     autochunk.runtime.REGIONS.clear()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What became of the generated programs, where they were run."""
+    module = sys.modules.get("test_property")
+    if module is not None and module.OUTCOMES:
+        counts = ", ".join(f"{name} {n}" for name, n in module.OUTCOMES.most_common())
+        terminalreporter.write_line(
+            f"generated programs: {module.OUTCOMES.total()} (shrinking included): {counts}"
+        )

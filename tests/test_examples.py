@@ -76,6 +76,25 @@ def test_llama_1b(tmp_path, dtype):
         assert label in done.stdout
 
 
+@needs_proc
+def test_trl_losses(tmp_path):
+    pytest.importorskip("trl")
+    arguments = ["--loss", "grpo", "--tiny", "--steps", "2", "--tokens", "32"]
+    done = run("trl_losses.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 head, 1 chunked, 0 left alone" in done.stdout
+    assert "All 2 losses agree with eager's to 1e-05 (relative)." in done.stdout
+
+
+@needs_proc
+def test_functional(tmp_path):
+    arguments = ["--tokens", "32", "--hidden", "64", "--vocabulary", "5000"]
+    done = run("functional.py", *arguments, "--sequence-chunk", "8", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 × 32 tokens, 64 × 5000, bfloat16" in done.stdout
+    assert "largest relative difference" in done.stdout
+
+
 def test_inspect_graph(tmp_path):
     done = run("inspect_graph.py", "--directory", "graphs", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

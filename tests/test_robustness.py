@@ -977,3 +977,21 @@ def test_training_loop() -> None:
         warnings.simplefilter("error", autochunk.FallbackWarning)
         got = train(compile_it=True)
     assert got == pytest.approx(train(compile_it=False), rel=1e-4)
+
+
+def test_a_number_that_changes_each_step() -> None:
+    """A schedule's temperature becomes an input: chunked in every step, compiled twice at most."""
+    x_NH, w_VH, y_N = data()
+
+    def step(x: Tensor, w: Tensor, y: Tensor, temperature: float) -> Tensor:
+        return F.cross_entropy(F.linear(x, w) / temperature, y) * (1 / temperature)
+
+    function = compiled(step)
+    with collect() as reports:
+        for temperature in (1.0, 1.5, 1.75, 2.25, 3.5):
+            got = torch.autograd.grad(function(x_NH, w_VH, y_N, temperature), (x_NH, w_VH))
+            want = torch.autograd.grad(step(x_NH, w_VH, y_N, temperature), (x_NH, w_VH))
+            for a, b in zip(got, want, strict=True):
+                assert error(a, b) < 1e-5
+    assert len(reports) <= 2
+    assert all(report.chunked for report in reports)
