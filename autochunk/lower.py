@@ -121,7 +121,7 @@ def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
     heads = {c.node: c for c in candidates}
     cone = cone_of(graph, list(heads))
     cone_set = frozenset(cone)
-    repeated = _index_ranges(graph) - cone_set
+    repeated = _repeated(graph) - cone_set
     run_here = cone_set | repeated
     inputs = tuple(
         node
@@ -182,22 +182,27 @@ def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
     )
 
 
-def _index_ranges(graph: fx.Graph) -> set[fx.Node]:
-    """``arange`` calls and their views.
+def _repeated(graph: fx.Graph) -> set[fx.Node]:
+    """``arange`` calls and their views, and shapes: computed inside the cone again.
 
-    They are repeated inside the cone, where ``logp[arange(N), labels]`` can be seen to be a
-    gather.
+    There ``logp[arange(N), labels]`` can be seen to be a gather; and a shape, a tuple of symbolic
+    numbers, could not be one input of the lowered graph.
     """
-    ranges: set[fx.Node] = set()
+    repeated: set[fx.Node] = set()
     views = {"getitem", "unsqueeze", "view", "reshape"}
     for node in graph.nodes:
-        if node.op in ("call_function", "call_method") and isinstance(fake(node), torch.Tensor):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        value = fake(node)
+        if isinstance(value, torch.Tensor):
             tensors = [a for a in node.all_input_nodes if isinstance(fake(a), torch.Tensor)]
             is_range = node.target is torch.arange and not tensors
-            is_view = op_name(node) in views and tensors and all(t in ranges for t in tensors)
+            is_view = op_name(node) in views and tensors and all(t in repeated for t in tensors)
             if is_range or is_view:
-                ranges.add(node)
-    return ranges
+                repeated.add(node)
+        elif isinstance(value, tuple) and not any(isinstance(v, torch.Tensor) for v in value):
+            repeated.add(node)
+    return repeated
 
 
 def uses_autocast(graph: fx.Graph) -> bool:

@@ -38,7 +38,7 @@ WIDE = {
     "normalise": lambda z, p: z / (1 + z.norm(dim=-1, keepdim=True)),
     "detached max": lambda z, p: z - z.detach().amax(-1, keepdim=True),
     "in place": lambda z, p: z.clone().mul_(1.1),
-    "vocabulary slice": lambda z, p: z[..., : z.shape[-1] // 2] + z[..., z.shape[-1] // 2 :],
+    "vocabulary slice": lambda z, p: z[..., : z.shape[-1] // 2] + z[..., -(z.shape[-1] // 2) :],
     "softmax": lambda z, p: 8 * F.softmax(z, -1),
     "running sum": lambda z, p: 0.1 * z.cumsum(-1),
     "sort": lambda z, p: z.sort(dim=-1).values,

@@ -995,3 +995,20 @@ def test_a_number_that_changes_each_step() -> None:
                 assert error(a, b) < 1e-5
     assert len(reports) <= 2
     assert all(report.chunked for report in reports)
+
+
+def test_a_shape_that_is_put_together() -> None:
+    """With symbolic sizes Dynamo has the shape as one value, a tuple."""
+    x_NH, w_VH, y_N = data()
+    x = x_NH.detach()[:12].view(2, 6, -1).requires_grad_()
+    y = y_N[:12].view(2, 6)
+
+    def loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(x, w)
+        nll = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
+        return -F.logsigmoid(nll.view(z.shape[:-1]).sum(-1)).mean()
+
+    function = compiled(loss, dynamic=True)
+    got = torch.autograd.grad(function(x, w_VH, y), (x, w_VH))
+    for a, b in zip(got, torch.autograd.grad(loss(x, w_VH, y), (x, w_VH)), strict=True):
+        assert error(a, b) < 1e-5
