@@ -11,6 +11,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
@@ -108,11 +109,15 @@ def fake(node: fx.Node) -> Any:
 def hint(size: int | torch.SymInt) -> int:
     """A size as a number: a symbolic one by the value it was first seen with.
 
-    Sizes without a hint (unbacked: they depend on data) count as 4096.
+    Symbols without a hint (unbacked: they depend on data) count as 4096.
     """
     if isinstance(size, torch.SymInt):
-        found = size.node.hint
-        return int(found) if found is not None else 4096
+        if size.node.hint is not None:
+            return int(size.node.hint)
+        expr = size.node.expr
+        unbacked = {s: sympy.Integer(4096) for s in expr.free_symbols if str(s).startswith("u")}
+        expr = expr.xreplace(unbacked)
+        return int(expr if expr.is_number else size.node.shape_env.size_hint(expr))
     return int(size)
 
 

@@ -889,7 +889,7 @@ def odd_number_of_rows(x, w, y):
     return F.cross_entropy(F.linear(x, w).float().flatten(0, 1), y.flatten()[1:])
 
 
-@entry("shapes", hidden, weight, labels)
+@entry("shapes", hidden, weight, labels, parallel=False, note="each step's logits are small")
 def time_loop(x, w, y):
     """A head a step, as a recurrent decoder has it."""
     return sum(

@@ -14,7 +14,7 @@ import autochunk
 OPTIONS = {"min_bytes": 0, "num_chunks": 3, "strict": True}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.label)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_family(family, no_codegen):
     warnings.simplefilter("ignore")
     vocabulary = 2048
