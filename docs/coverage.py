@@ -209,8 +209,8 @@ def _page(directory: Path, only: list[str]) -> tuple[str, list[str]]:
     )
     summary = (
         f"{halved} of {counted} entries whose rows are independent are chunked with at most half "
-        f"of Inductor's peak. Wrong: {', '.join(wrong) or 'none'}. Failed here, under `strict`, and "
-        f"as plain Inductor without it: {', '.join(failing) or 'none'}."
+        f"of Inductor's peak. Wrong: {', '.join(wrong) or 'none'}. Failed here, under `strict` "
+        f"(plain Inductor without it): {', '.join(failing) or 'none'}."
     )
     header = HEADER.format(
         rows=LOSSES.batch * LOSSES.time,
