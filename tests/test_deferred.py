@@ -280,6 +280,11 @@ def _scripted(x: Tensor) -> Tensor:
     return (x * 2).sum()
 
 
+def _device_context(logits: Tensor) -> Tensor:
+    with torch.device("cpu"):
+        return logits.sum()
+
+
 _COUNT = torch.full((2, 7), 2)
 
 USES: dict[str, Callable[[Tensor], Any]] = {
@@ -362,7 +367,7 @@ USES: dict[str, Callable[[Tensor], Any]] = {
     ),
     "func-vjp": lambda t: torch.func.vjp(torch.sin, t)[1](torch.ones_like(t)),
     "func-jvp": lambda t: torch.func.jvp(torch.sin, (t,), (torch.ones_like(t),)),
-    "device-context": lambda t: (torch.device("cpu").__enter__() and None) or t.sum(),
+    "device-context": _device_context,
     # elsewhere
     "cpu": lambda t: t.cpu() is t,
     "to-meta": lambda t: (lambda m: (m.device, m.shape, m.requires_grad))(t.to("meta")),
