@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -48,11 +49,30 @@ def no_codegen(monkeypatch):
     autochunk.runtime.REGIONS.clear()
 
 
+_outcomes: Counter[str] = Counter()
+
+
+def _own_outcomes():
+    module = sys.modules.get("test_property")
+    return dict(module.OUTCOMES) if module is not None else {}
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist tells the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["outcomes"] = _own_outcomes()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _outcomes.update(getattr(node, "workeroutput", {}).get("outcomes", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     """What became of the generated programs, where they were run."""
-    module = sys.modules.get("test_property")
-    if module is not None and module.OUTCOMES:
-        counts = ", ".join(f"{name} {n}" for name, n in module.OUTCOMES.most_common())
+    counts = _outcomes + Counter(_own_outcomes())
+    if counts:
+        each = ", ".join(f"{name} {n}" for name, n in counts.most_common())
         terminalreporter.write_line(
-            f"generated programs: {module.OUTCOMES.total()} (shrinking included): {counts}"
+            f"generated programs: {counts.total()} (shrinking included): {each}"
         )
