@@ -22,7 +22,7 @@ from autochunk.deferred import defer, no_saved_tensors_hooks
 from autochunk.donation import donation_aware
 from autochunk.embedding import embedding_gradients
 from autochunk.find import AMPLIFY, find, op_name, source_line
-from autochunk.lift import lift, row_input_features
+from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower
 from autochunk.plan import plan
 from autochunk.report import Report, Row, next_graph, publish, write_debug
@@ -39,6 +39,7 @@ from autochunk.types import (
     Region,
 )
 from autochunk.version import __version__
+from autochunk.walk import row_input_features
 
 
 class FallbackWarning(UserWarning):

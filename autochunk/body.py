@@ -29,6 +29,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InductorError
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -142,12 +143,15 @@ class Kernel:
     graph: str
 
 
-def compile_body(spec: BodySpec, *, values: bool, grads: bool) -> Kernel:
+def compile_body(spec: BodySpec, *, values: bool, grads: bool, overwrite: bool = True) -> Kernel:
     """Compiles a body.
 
     Args:
         values: Return the outputs.
         grads: Take cotangents of ``spec.grad_outputs`` and return gradients.
+        overwrite: Write the gradient of the logits over the logits. Inductor's C++ backend fails
+            on some kernels that overwrite an input (pytorch/pytorch#196570); they are compiled
+            again without.
     """
     shape_env = ShapeEnv()
     fake_mode = FakeTensorMode(shape_env=shape_env)
@@ -169,12 +173,21 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool) -> Kernel:
             _simplify(gm)
         n_values = len(spec.outputs) if values else 0
         n_row_grads = len(spec.row_grads) if grads else 0
-        heads, gradients = _peel(gm, len(spec.rows) + len(spec.shared), n_values)
+        n_inputs = len(spec.rows) + len(spec.shared)
+        heads, gradients = _peel(gm, n_inputs, n_values, overwrite)
         inputs = [p.meta["val"] for p in gm.graph.nodes if p.op == "placeholder"]
         graph = gm.print_readable(print_output=False)
-        run = compile_fx_inner(gm, inputs)
+        try:
+            run = compile_fx_inner(gm, inputs)
+        except InductorError:
+            if not overwrite:
+                raise
+            run = None
+    if run is None:
+        return compile_body(spec, values=values, grads=grads, overwrite=False)
     if spec.symbolic and not _holds_for_all_rows(shape_env, spec.chunk_rows):
-        return compile_body(replace(spec, symbolic=False), values=values, grads=grads)
+        spec = replace(spec, symbolic=False)
+        return compile_body(spec, values=values, grads=grads, overwrite=overwrite)
     return Kernel(
         run=run,
         symbolic=spec.symbolic,
@@ -365,7 +378,7 @@ def _is_zero(node: Any) -> bool:
 
 
 def _peel(
-    gm: fx.GraphModule, n_inputs: int, n_values: int
+    gm: fx.GraphModule, n_inputs: int, n_values: int, overwrite: bool
 ) -> tuple[tuple[Head, ...], tuple[Gradient, ...]]:
     """Takes the first and last products out of the graph (step 3 above)."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -385,7 +398,7 @@ def _peel(
         elif base in overwritten:
             return Factor("buffer", list(buffers).index(overwritten[base]), transposed)
         else:
-            free = _free_buffer(base, buffers, overwritten)
+            free = _free_buffer(base, buffers, overwritten) if overwrite else None
             if free is not None:
                 overwritten[base] = free
                 return Factor("buffer", list(buffers).index(free), transposed)

@@ -23,7 +23,9 @@ AMPLIFY = 4
 
 _MATMUL = {torch.matmul, operator.matmul, torch.mm, "matmul", "mm", "__matmul__"}
 _ADDMM = {torch.addmm, "addmm"}
-_LAYERS = {F.scaled_dot_product_attention, torch.bmm, F.conv1d, F.conv2d, "bmm"}
+#: Ops besides linears that make a network of what enters them.
+LAYERS = {F.scaled_dot_product_attention, torch.bmm, F.conv1d, F.conv2d, "bmm"}
+_INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "setitem"}
 
 
 def find(
@@ -73,7 +75,7 @@ def _with_bodies(
 
 def as_candidate(node: fx.Node) -> Candidate | None:
     """The candidate that ``node`` is, if it is an amplifying linear."""
-    parsed = _parse_linear(node)
+    parsed = parse_linear(node)
     if parsed is None:
         return None
     x, weight, bias, layout = parsed
@@ -153,7 +155,24 @@ def op_name(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _parse_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, str] | None:
+def is_inplace(node: fx.Node) -> bool:
+    """Whether a call of a Dynamo graph writes to a tensor."""
+    name = op_name(node)
+    if "out" in node.kwargs:
+        return True
+    if node.op == "call_method":
+        return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    aten_op = name.endswith("_") and "aten" in str(node.target)
+    return node.op == "call_function" and (name in _INPLACE_OPERATORS or aten_op)
+
+
+def is_grad_function(target: Any) -> bool:
+    """Whether a call's target is a custom autograd Function's ``apply``."""
+    owner = getattr(target, "__self__", None)
+    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+
+
+def parse_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, str] | None:
     """(x, weight, bias, weight layout) of a linear-like node."""
     if node.op not in ("call_function", "call_method"):
         return None
@@ -262,7 +281,7 @@ def _layer_fed_by(head: fx.Node) -> fx.Node | None:
             seen.add(user)
             if not _is_wide(fake(user), wide_numel):
                 continue
-            if _parse_linear(user) is not None or user.target in _LAYERS:
+            if parse_linear(user) is not None or user.target in LAYERS:
                 return user
             stack.append(user)
     return None

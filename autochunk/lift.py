@@ -1,14 +1,11 @@
-"""Lift: re-interpret the lowered graph with rows as a batch dimension.
+"""Lift: re-interpret the lowered graph with rows as a batch dimension, and cut regions out of it.
 
-    1. Walk the ATen graph. A head's product starts a row value; a rule lifts each op on row values.
-    2. Where a rule says stop (a boundary), narrow arguments become outputs of a region and the op
-       stays outside, in the tail; a wide argument is a refusal of the heads it came from. Refused
-       heads are ordinary outer nodes then, and the walk starts again without them.
-    3. Row-only ops on wide values (``logits[:, :-1]``) are not executed on them: they are added to
-       the value's chain, which is applied to the inputs of the body instead. Narrow values are
-       selected outside.
+    1. Walk the graph (``walk.py``). Refused heads are ordinary outer nodes, and the walk starts
+       again without them.
+    2. Do it once more with wide values that depend on no head (``sink.py``), unless that makes it
+       worse.
+    3. Equal pieces that cover the rows become one value again (``pieces.py``).
     4. What leaves is grouped by chain; each group is one region with its own copy of the body.
-       Equal pieces that cover the rows are one value again before that (``pieces.py``).
 
 What is not optimal: two losses over differently selected rows of the same logits become two
 regions, each with its own matrix product; so are two selections that meet in one op.
@@ -16,50 +13,25 @@ regions, each with its own matrix product; so are two selections that meet in on
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from math import prod
-from typing import Any
 
-import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from autochunk.find import hint, op_name, source_line
-from autochunk.pieces import join
-from autochunk.rules import Boundary, aten, bind, rule_for, same_rows, same_shape, same_size
-from autochunk.types import (
-    NARROW,
-    Candidate,
-    IndexCheck,
-    Lifted,
-    Lowered,
-    Refusal,
-    Region,
-    RowInput,
-    RowOp,
-    RowValue,
-    Split,
-)
-
-_CONSTANTS = (aten.scalar_tensor.default, aten.full.default)
+from autochunk.sink import ancestors, sinkable
+from autochunk.types import IndexCheck, Lifted, Lowered, Refusal, Region, RowValue
+from autochunk.walk import Walk, row_input_features
 
 
 def lift(lowered: Lowered) -> Lifted:
     """Finds the regions of a lowered graph, and the reasons for the heads that have none."""
-    refusals: dict[str, Refusal] = {}
-    while True:
-        walk = Walk(lowered, refused=frozenset(refusals))
-        walk.run()
-        found = walk.refusals()
-        if not found:
-            break
-        refusals.update(found)
-    walk.join_pieces()
-    regions = tuple(
-        _region(f"region{i}", walk, group) for i, group in enumerate(_group(walk.values, walk))
-    )
+    walk, refusals, groups = _walk(lowered, {})
+    sunk = sinkable(lowered)
+    if sunk and groups:
+        with_sunk = _walk(lowered, sunk)
+        if (len(with_sunk[1]), len(with_sunk[2])) <= (len(refusals), len(groups)):
+            walk, refusals, groups = with_sunk
+    walk.drop_all_but(groups)
+    regions = tuple(_region(f"region{i}", walk, group) for i, group in enumerate(groups))
     return Lifted(
         regions=regions,
         refusals=refusals,
@@ -70,446 +42,33 @@ def lift(lowered: Lowered) -> Lifted:
     )
 
 
-class Walk:
-    """One pass over the lowered graph.
-
-    Attributes:
-        body: Graph under construction, shared by all regions of the walk.
-        env: The row value (or tuple of them) of each lifted node.
-        values: Row values that the outer graph reads.
-        splits, tail, deferred: as in :class:`Lifted`.
-        products: The head that each product in the body belongs to.
-    """
-
-    def __init__(self, lowered: Lowered, refused: frozenset[str]) -> None:
-        self.lowered = lowered
-        self.heads = {n: c for n, c in lowered.heads.items() if c.name not in refused}
-        self.body = fx.Graph()
-        self.env: dict[fx.Node, RowValue | tuple[RowValue, ...]] = {}
-        self.values: dict[fx.Node, RowValue] = {}
-        self.splits: dict[fx.Node, Split] = {}
-        self.tail: dict[fx.Node, None] = {}
-        self.deferred: list[fx.Node] = []
-        self.row_inputs: dict[fx.Node, RowInput] = {}
-        self.shared_inputs: dict[fx.Node, fx.Node] = {}
-        self.index_uses: list[tuple[fx.Node, Any, bool, str]] = []
-        self.products: dict[fx.Node, Candidate] = {}
-        self._found: dict[str, Refusal] = {}
-        self._row_ops: list[RowOp] = []
-        self._inputs: dict[Any, fx.Node] = {}
-        self._again: dict[Any, dict[fx.Node, fx.Node]] = {}
-        self._current: fx.Node | None = None
-
-    # ---- the loop
-
-    def run(self) -> None:
-        for node in self.lowered.graph.graph.nodes:
-            if node.op == "output":
-                self._outputs(node)
-            elif node.op == "call_function":
-                self._current = node
-                self._visit(node)
-
-    def refusals(self) -> dict[str, Refusal]:
-        """Heads that turned out to be impossible, or that have nothing to return."""
-        found = dict(self._found)
-        reached = {name for value in self.values.values() for name in value.heads}
-        reached |= {name for split in self.splits.values() for name in split.inner.heads}
+def _walk(
+    lowered: Lowered, sunk: Mapping[fx.Node, fx.Node]
+) -> tuple[Walk, dict[str, Refusal], list[list[RowValue]]]:
+    refusals: dict[str, Refusal] = {}
+    while True:
+        walk = Walk(lowered, frozenset(refusals), sunk)
+        walk.run()
+        found = walk.refusals()
         if not found:
-            for node, candidate in self.heads.items():
-                if candidate.name not in reached:
-                    returned = any(self._from(n, candidate.name) for n in self.deferred)
-                    detail = (
-                        "the logits are returned and nothing in this graph reduces them"
-                        if returned
-                        else "nothing in this graph uses the logits"
-                    )
-                    found[candidate.name] = Refusal(
-                        "not-reduced", op_name(node), detail, candidate.source
-                    )
-        return found
-
-    def join_pieces(self) -> None:
-        """Computes once what a loop over rows computes piece by piece."""
-        inner = {node: split.inner for node, split in self.splits.items()}
-        joined = join({**self.values, **inner}, self.body, self.row_inputs)
-        self.values = {node: joined[node] for node in self.values}
-        for node, split in self.splits.items():
-            self.splits[node] = replace(split, inner=joined[node])
-
-    def _from(self, node: fx.Node, name: str) -> bool:
-        value = self.env.get(node)
-        return isinstance(value, RowValue) and name in value.heads
-
-    def _visit(self, node: fx.Node) -> None:
-        args = node.all_input_nodes
-        free = not self._depends_on_tail(args) and not any(a in self.env for a in args)
-        if node in self.heads and free:
-            self.env[node] = self._seed(node)
-            return
-        lifted = [a for a in node.all_input_nodes if a in self.env]
-        if not lifted:
-            if self._depends_on_tail(node.all_input_nodes):
-                self.tail[node] = None
-            return
-        if is_size(node):
-            return
-        if node.target is operator.getitem:
-            parts = self.env[node.args[0]]
-            assert isinstance(parts, tuple)  # only ops with several results are indexed
-            self.env[node] = parts[node.args[1]]
-            return
-        try:
-            result = self._apply(node)
-        except Boundary as boundary:
-            self._stop(node, lifted, boundary)
-            return
-        if isinstance(result, Split):
-            if self._is_wide(result.inner):
-                self._stop(node, lifted, Boundary("mixes-rows", f"{node.target} reduces rows"))
-                return
-            self.splits[node] = result
-            self.tail[node] = None
-        else:
-            self.env[node] = result
-
-    def _apply(self, node: fx.Node) -> Any:
-        if self._depends_on_tail(node.all_input_nodes):
-            raise Boundary("two-pass", "an operand is computed from all the logits")
-        rule = rule_for(node.target)
-        if rule is not None:
-            return rule.apply(self, node)
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            if torch.Tag.nondeterministic_seeded in target.tags:
-                raise Boundary("random", f"{target} draws random numbers")
-            if target._schema.is_mutable:
-                raise Boundary("mutation", f"{target} modifies its argument")
-        raise Boundary("no-rule", f"there is no rule for {target}")
-
-    def _stop(self, node: fx.Node, lifted: Sequence[fx.Node], boundary: Boundary) -> None:
-        for arg in lifted:
-            value = self.env[arg]
-            parts = value if isinstance(value, tuple) else (value,)
-            if isinstance(value, tuple) or any(self._is_wide(part) for part in parts):
-                refusal = Refusal(
-                    boundary.code,
-                    op_name(node),
-                    boundary.detail,
-                    source_line(node),
-                )
-                for part in parts:
-                    for name in part.heads:
-                        self._found.setdefault(name, refusal)
-            else:
-                assert isinstance(value, RowValue)
-                self.values[arg] = value
-        self.tail[node] = None
-
-    def _outputs(self, node: fx.Node) -> None:
-        for out in dict.fromkeys(node.all_input_nodes):
-            value = self.env.get(out)
-            if isinstance(value, RowValue):
-                if self._is_wide(value):
-                    self.deferred.append(out)
-                else:
-                    self.values[out] = value
-
-    def _seed(self, node: fx.Node) -> RowValue:
-        bound = bind(node)
-        addmm = node.target is aten.addmm.default
-        x, w = (bound["mat1"], bound["mat2"]) if addmm else (bound["self"], bound["mat2"])
-        val = node.meta["val"]
-        is_row = (True, False)
-        like = RowValue(
-            node=x,  # replaced below; gives the operands their rows
-            is_row=is_row,
-            shape=tuple(val.shape),
-            chain=(),
-            heads=frozenset({self.heads[node].name}),
-            needs_grad=False,
-            val=val,
-        )
-        rows = self._row_input(RowInput(x, is_row, (val.shape[0],), ()))
-        weight = self.shared(w)
-        if addmm:
-            bias = self.outer_operand(bound["self"], is_row, like)
-            emitted = self.emit(node.target, bias, rows, weight)
-        else:
-            emitted = self.emit(node.target, rows, weight)
-        self.products[emitted] = self.heads[node]
-        grad = any(a in self.lowered.needs_grad for a in node.all_input_nodes)
-        return replace(like, node=emitted, needs_grad=grad)
-
-    def _depends_on_tail(self, nodes: Sequence[fx.Node]) -> bool:
-        return any(n in self.tail for n in nodes)
-
-    def _is_wide(self, value: RowValue) -> bool:
-        widest = max(c.out_features for c in self.heads.values() if c.name in value.heads)
-        return prod(hint(f) for f in value.features) * NARROW > widest
-
-    # ---- what rules call
-
-    def row_argument(self, node: fx.Node, arg: Any) -> RowValue:
-        """The row value of an op's main argument."""
-        value = self.env.get(arg)
-        if not isinstance(value, RowValue):
-            raise Boundary("no-rule", f"{node.target} takes the logits as a side argument")
-        return value
-
-    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node of the body."""
-        made = self.body.call_function(target, args, kwargs)
-        if self._current is not None:
-            made.meta["stack_trace"] = self._current.meta.get("stack_trace")
-        return made
-
-    def emit_bound(self, target: Any, bound: Mapping[str, Any]) -> fx.Node:
-        """A new node from arguments by name; names that ``target`` does not take are dropped."""
-        args, kwargs = [], {}
-        for arg in target._schema.arguments:
-            if arg.kwarg_only:
-                if arg.name in bound and bound[arg.name] is not None:
-                    kwargs[arg.name] = bound[arg.name]
-            elif arg.name in bound:
-                args.append(bound[arg.name])
-            else:
-                args.append(arg.default_value)
-        return self.emit(target, *args, **kwargs)
-
-    def view(self, x: fx.Node, features: Sequence[Any]) -> fx.Node:
-        """``[rows, *features]`` of a body node."""
-        if not all(isinstance(f, int) for f in features):
-            raise Boundary("no-rule", "a view of features with symbolic sizes")
-        rows = self.emit(aten.sym_size.int, x, 0)
-        return self.emit(aten.view.default, x, [rows, *features])
-
-    def result(
-        self,
-        node: fx.Node,
-        emitted: fx.Node,
-        is_row: tuple[bool, ...],
-        like: RowValue,
-        operands: Sequence[Any],
-        val: torch.Tensor | None = None,
-    ) -> RowValue:
-        """The lifted value of ``node``; rows of static size one become features."""
-        val = node.meta["val"] if val is None else val
-        shape = tuple(val.shape)
-        for d in range(len(shape)):
-            if is_row[d] and statically_known_true(shape[d] == 1):
-                at = 1 + sum(not row for row in is_row[:d])
-                emitted = self.emit(aten.unsqueeze.default, emitted, at)
-                is_row = (*is_row[:d], False, *is_row[d + 1 :])
-        row_operands = [o for o in operands if isinstance(o, RowValue)]
-        outer_grad = any(
-            a in self.lowered.needs_grad for a in node.all_input_nodes if a not in self.env
-        )
-        grad = outer_grad or any(o.needs_grad for o in row_operands)
-        return RowValue(
-            node=emitted,
-            is_row=is_row,
-            shape=shape,
-            chain=like.chain,
-            heads=frozenset().union(*(o.heads for o in row_operands)),
-            needs_grad=grad and val.is_floating_point() and node.target is not aten.detach.default,
-            val=val,
-        )
-
-    def results(
-        self,
-        node: fx.Node,
-        emitted: fx.Node,
-        is_row: tuple[bool, ...],
-        like: RowValue,
-        operands: Sequence[Any],
-    ) -> RowValue | tuple[RowValue, ...]:
-        """As :meth:`result`, for ops that may return several tensors."""
-        vals = node.meta["val"]
-        if isinstance(vals, torch.Tensor):
-            return self.result(node, emitted, is_row, like, operands)
-        return tuple(
-            self.result(node, self.emit(operator.getitem, emitted, i), is_row, like, operands, val)
-            for i, val in enumerate(vals)
-        )
-
-    def row_op(
-        self,
-        node: fx.Node,
-        x: RowValue,
-        target: Any,
-        args: tuple[Any, ...],
-        is_row: tuple[bool, ...],
-        emitted: fx.Node | None = None,
-    ) -> RowValue:
-        """A selection of rows of a wide value, postponed to the body's inputs."""
-        if not self._is_wide(x):
-            raise Boundary("misaligned", "rows of a narrow value are selected outside")
-        out = tuple(node.meta["val"].shape)
-        row_shape = tuple(s for s, row in zip(out, is_row, strict=True) if row)
-        step = self._row_op(RowOp(target, args, x.row_shape, row_shape))
-        moved = replace(x, chain=(*x.chain, step))
-        return self.result(node, x.node if emitted is None else emitted, is_row, moved, [x])
-
-    def _row_op(self, new: RowOp) -> RowOp:
-        """The first row op made that does the same: functionalisation repeats views."""
-        for old in self._row_ops:
-            if (
-                (old.target, str(old.args)) == (new.target, str(new.args))
-                and same_shape(old.in_shape, new.in_shape)
-                and same_shape(old.out_shape, new.out_shape)
-            ):
-                return old
-        self._row_ops.append(new)
-        return new
-
-    def on_same_rows(self, operands: Sequence[RowValue]) -> list[RowValue]:
-        """Operands with one chain: of two selections of wide rows the second is computed again.
-
-        ``logits[:1] - logits[1:]``: the second term gets inputs of its own (``RowInput.own``), and
-        a product of its own. Narrow values that do not line up are combined outside instead.
-        """
-        first = operands[0]
-        if all(o.chain == first.chain for o in operands) or not any(map(self._is_wide, operands)):
-            return list(operands)
-        if not all(same_rows(o.row_shape, first.row_shape) for o in operands):
-            return list(operands)
-        return [o if o.chain == first.chain else self._compute_again(o, first) for o in operands]
-
-    def _compute_again(self, value: RowValue, like: RowValue) -> RowValue:
-        copies = self._again.setdefault((value.chain, like.chain), {})
-        needed = _ancestors([value.node])
-        for node in [n for n in self.body.nodes if n in needed and n not in copies]:
-            if node in self.row_inputs:
-                spec = self.row_inputs[node]
-                own = (*spec.own, *value.chain[len(spec.chain) :])
-                copies[node] = self._row_input(replace(spec, chain=like.chain, own=own))
-            elif node.op == "placeholder":
-                copies[node] = node
-            else:
-                copies[node] = self.body.node_copy(node, copies.__getitem__)
-                if node in self.products:
-                    self.products[copies[node]] = self.products[node]
-        self.index_uses += [
-            (copies[index], size, wraps, source)
-            for index, size, wraps, source in self.index_uses
-            if index in needed and copies[index] is not index
-        ]
-        return replace(value, node=copies[value.node], chain=like.chain)
-
-    def shared(self, source: fx.Node) -> fx.Node:
-        """A body node for an outer value that every chunk sees whole."""
-        if not isinstance(source, fx.Node):
-            return source
-        val = source.meta["val"]
-        if source.target is aten.t.default and val.dim() == 2:
-            return self.emit(aten.t.default, self.shared(source.args[0]))
-        if source.target in _CONSTANTS and val.dim() == 0 and not source.all_input_nodes:
-            return self.emit(source.target, *source.args, **source.kwargs)
-        key = ("shared", source)
-        if key not in self._inputs:
-            self._inputs[key] = self._placeholder(f"shared{len(self.shared_inputs)}", val)
-            self.shared_inputs[self._inputs[key]] = source
-        return self._inputs[key]
-
-    def outer_operand(
-        self, source: fx.Node, is_row: tuple[bool, ...], like: RowValue, whole: bool = False
-    ) -> fx.Node:
-        """A body node for an outer operand of an op whose result is laid out as ``is_row``.
-
-        Args:
-            whole: Take it as row-aligned in any case, also where it does not span the rows.
-        """
-        val = source.meta["val"]
-        if not isinstance(val, torch.Tensor):
-            raise Boundary("no-rule", f"a symbolic number ({val}) is an operand")
-        pad = len(is_row) - val.dim()
-        if pad < 0:
-            raise Boundary("misaligned", f"an operand has more dimensions than {list(is_row)}")
-        row_sizes = dict(
-            zip((d for d, row in enumerate(is_row) if row), like.row_shape, strict=True)
-        )
-        spans = whole
-        for d in range(pad, len(is_row)):
-            size = val.shape[d - pad]
-            if is_row[d] and not statically_known_true(size == 1):
-                if not same_size(size, row_sizes[d]):
-                    raise Boundary(
-                        "misaligned",
-                        f"an operand of shape {list(val.shape)} does not line up with "
-                        f"{list(like.row_shape)} rows",
-                    )
-                spans = True
-        if spans:
-            return self._row_input(RowInput(source, is_row, like.row_shape, like.chain))
-        shared = self.shared(source)
-        rows_at = [d - pad for d in range(pad, len(is_row)) if is_row[d]]
-        return self.emit(aten.squeeze.dims, shared, rows_at) if rows_at else shared
-
-    def aligned_operand(self, arg: fx.Node, like: RowValue) -> fx.Node:
-        """A body node for an operand that must have ``like``'s layout exactly (no broadcast)."""
-        value = self.env.get(arg)
-        if isinstance(value, RowValue):
-            _, value = self.on_same_rows([like, value])
-            if (
-                value.is_row != like.is_row
-                or value.chain != like.chain
-                or not same_rows(value.row_shape, like.row_shape)
-            ):
-                raise Boundary("misaligned", "operands of different rows are combined")
-            return value.node
-        val = arg.meta["val"]
-        if val.dim() != len(like.is_row):
-            raise Boundary("misaligned", "operands of different rank are combined")
-        sizes = [s for s, row in zip(val.shape, like.is_row, strict=True) if row]
-        if not same_rows(sizes, like.row_shape):
-            raise Boundary("misaligned", f"{list(val.shape)} does not have the logits' rows")
-        return self._row_input(RowInput(arg, like.is_row, like.row_shape, like.chain))
-
-    def note_index(self, index: fx.Node, size: Any, *, wraps: bool, node: fx.Node) -> None:
-        """Remembers that ``index`` must address ``size`` features."""
-        self.index_uses.append((index, size, wraps, source_line(node)))
-
-    # ---- inputs of the body
-
-    def _row_input(self, spec: RowInput) -> fx.Node:
-        key = ("row", spec.source, spec.is_row, spec.chain, len(spec.row_shape), spec.own)
-        if key not in self._inputs:
-            features = row_input_features(spec)
-            val = spec.source.meta["val"]
-            fake = val.new_empty([prod(spec.row_shape), *features])
-            self._inputs[key] = self._placeholder(f"rows{len(self.row_inputs)}", fake)
-            self.row_inputs[self._inputs[key]] = spec
-        return self._inputs[key]
-
-    def _placeholder(self, name: str, val: Any) -> fx.Node:
-        with self.body.inserting_before():
-            placeholder = self.body.placeholder(name)
-        placeholder.meta["val"] = val
-        return placeholder
+            break
+        refusals.update(found)
+    walk.join_pieces()
+    return walk, refusals, _group(walk)
 
 
-def is_size(node: fx.Node) -> bool:
-    """Whether a node is a number that only depends on shapes."""
-    val = node.meta.get("val")
-    return not isinstance(val, torch.Tensor | tuple | list) and val is not None
+def _group(walk: Walk) -> list[list[RowValue]]:
+    """Everything that leaves, grouped by the rows it is about; one value per body node.
 
-
-def row_input_features(spec: RowInput) -> list[Any]:
-    """Features of a row input: the source's, padded from the left with ones."""
-    shape = spec.source.meta["val"].shape
-    pad = len(spec.is_row) - len(shape)
-    padded = [1] * pad + list(shape)
-    return [s for s, row in zip(padded, spec.is_row, strict=True) if not row]
-
-
-def _group(values: Mapping[fx.Node, RowValue], walk: Walk) -> list[list[RowValue]]:
-    """Everything that leaves, grouped by the rows it is about; one value per body node."""
+    Values of sunk nodes alone leave with a group that reads the same tensors, or not at all.
+    """
     groups: list[list[RowValue]] = []
-    leaving = [*values.values(), *(split.inner for split in walk.splits.values())]
-    for value in leaving:
+    leaving = [*walk.values.values(), *(split.inner for split in walk.splits.values())]
+    for value in sorted(leaving, key=lambda v: not walk.depends_on_head(v)):
+        shared = value.heads & walk.names or value.heads
         for group in groups:
-            if group[0].chain == value.chain and _linked(group, value):
+            # Same heads, so that one pass over the logits serves both.
+            if group[0].chain == value.chain and any(member.heads & shared for member in group):
                 known = {v.node: i for i, v in enumerate(group)}
                 if value.node not in known:
                     group.append(value)
@@ -517,18 +76,14 @@ def _group(values: Mapping[fx.Node, RowValue], walk: Walk) -> list[list[RowValue
                     group[known[value.node]] = value
                 break
         else:
-            groups.append([value])
+            if walk.depends_on_head(value):
+                groups.append([value])
     return groups
-
-
-def _linked(group: Sequence[RowValue], value: RowValue) -> bool:
-    """Same heads, so that one pass over the logits serves both."""
-    return any(member.heads & value.heads for member in group)
 
 
 def _region(name: str, walk: Walk, outputs: Sequence[RowValue]) -> Region:
     """Cuts the part of the walk's body that ``outputs`` need out into a graph of its own."""
-    needed = _ancestors([value.node for value in outputs])
+    needed = ancestors([value.node for value in outputs])
     rows = [p for p in walk.row_inputs if p in needed]
     shared = [p for p in walk.shared_inputs if p in needed]
     body = _subgraph(walk.body, [*rows, *shared], [value.node for value in outputs])
@@ -536,7 +91,7 @@ def _region(name: str, walk: Walk, outputs: Sequence[RowValue]) -> Region:
         features = row_input_features(walk.row_inputs[original])
         made.meta["val"] = original.meta["val"].new_empty([outputs[0].rows, *features])
     grads = _differentiated(walk, outputs)
-    heads = frozenset().union(*(value.heads for value in outputs))
+    heads = walk.names.intersection(frozenset().union(*(value.heads for value in outputs)))
     candidates = [c for c in walk.heads.values() if c.name in heads]
     checks, all_checked = _checks(walk, rows, shared, needed)
     chain = outputs[0].chain
@@ -568,7 +123,7 @@ def _differentiated(walk: Walk, outputs: Sequence[RowValue]) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     while stack:
         node = stack.pop()
-        if node not in seen and node.target is not aten.detach.default:
+        if node not in seen and node not in walk.without_gradient:
             seen.add(node)
             stack.extend(node.all_input_nodes)
     needed = walk.lowered.needs_grad
@@ -584,9 +139,9 @@ def _checks(
     for index, size, wraps, source in walk.index_uses:
         if index not in needed:
             continue
-        ancestors = _ancestors([index])
-        used = [p for p in rows if p in ancestors]
-        used_shared = [p for p in shared if p in ancestors]
+        behind = ancestors([index])
+        used = [p for p in rows if p in behind]
+        used_shared = [p for p in shared if p in behind]
         # One computed from a weight is computed from the logits: not the user's.
         if not [*used, *used_shared] or any(p.meta["val"].is_floating_point() for p in used_shared):
             complete = False
@@ -604,21 +159,10 @@ def _checks(
     return checks, complete
 
 
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    seen = set(nodes)
-    stack = list(nodes)
-    while stack:
-        for arg in stack.pop().all_input_nodes:
-            if arg not in seen:
-                seen.add(arg)
-                stack.append(arg)
-    return seen
-
-
 def _subgraph(
     graph: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.GraphModule:
-    needed = _ancestors(outputs)
+    needed = ancestors(outputs)
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in inputs:

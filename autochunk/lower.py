@@ -27,7 +27,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autochunk.find import fake, op_name, source_line
+from autochunk.find import fake, is_grad_function, is_inplace, op_name, source_line
+from autochunk.sink import producers
 from autochunk.types import Candidate, Lowered, Refusal
 
 aten = torch.ops.aten
@@ -52,6 +53,7 @@ DECOMPOSITIONS = get_decompositions(
         aten.log_sigmoid_forward,
         aten.glu,
         aten.special_xlog1py,
+        aten.eye,
     ]
 )
 
@@ -89,7 +91,7 @@ def refuse_to_lower(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
         ):
             detail = f"{target} is a custom operator"
             return Refusal("custom-function", str(target), detail, source_line(node))
-        if node.op == "call_module" or (node.op == "call_function" and _is_grad_function(target)):
+        if node.op == "call_module" or (node.op == "call_function" and is_grad_function(target)):
             return Refusal("custom-function", op_name(node), f"{target}", source_line(node))
     return _refuse_mutation(graph, candidate)
 
@@ -109,7 +111,7 @@ def _transform_around(graph: fx.Graph, cone: set[fx.Node]) -> fx.Node | None:
 
 
 def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
-    """Lowers the union of the candidates' cones.
+    """Lowers the union of the candidates' cones, and what computes wide values for them alone.
 
     Args:
         graph: The Dynamo graph; it is not modified.
@@ -118,11 +120,26 @@ def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
     Raises:
         Exception: whatever tracing raises; the backend turns it into a fallback.
     """
+    cone = cone_of(graph, [c.node for c in candidates])
+    moved = producers(graph, cone, candidates)
+    lowered = _lower(graph, candidates, cone, moved)
+    if moved and any(_is_random(node) for node in lowered.graph.graph.nodes):
+        return _lower(graph, candidates, cone, set())  # random numbers are drawn in order
+    return lowered
+
+
+def _is_random(node: fx.Node) -> bool:
+    target = node.target
+    is_op = isinstance(target, torch._ops.OpOverload)
+    return is_op and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _lower(
+    graph: fx.Graph, candidates: Sequence[Candidate], cone: Sequence[fx.Node], moved: set[fx.Node]
+) -> Lowered:
     heads = {c.node: c for c in candidates}
-    cone = cone_of(graph, list(heads))
     cone_set = frozenset(cone)
-    repeated = _repeated(graph) - cone_set
-    run_here = cone_set | repeated
+    run_here = cone_set | moved | (_repeated(graph) - cone_set)
     inputs = tuple(
         node
         for node in graph.nodes
@@ -340,10 +357,11 @@ _SIZED = {
     aten.new_ones.default: 1,
     aten.new_empty.default: 0,
 }
+_CONSTANTS = {aten.zeros.default: 0, aten.ones.default: 1}
 
 
 def _sized_constants(gm: fx.GraphModule) -> None:
-    """``x.new_zeros(size)`` → ``full(size, 0)``: only ``x``'s dtype and device were used.
+    """``x.new_zeros(size)``, ``zeros(size)`` → ``full(size, 0)``.
 
     The number that is assigned in ``x[..., 0] = 3`` is a tensor kept in the module: a ``full`` too.
     """
@@ -355,6 +373,8 @@ def _sized_constants(gm: fx.GraphModule) -> None:
             size, fill = [], tensor.item()
         elif node.target in _SIZED:
             size, fill = node.args[1], _SIZED[node.target]
+        elif node.target in _CONSTANTS:
+            size, fill = node.args[0], _CONSTANTS[node.target]
         elif node.target is aten.new_full.default:
             size, fill = node.args[1], node.args[2]
         else:
@@ -464,14 +484,6 @@ def _is_view(node: fx.Node) -> bool:
     )
 
 
-def _is_grad_function(target: Any) -> bool:
-    owner = getattr(target, "__self__", None)
-    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
-
-
-_INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "setitem"}
-
-
 def _refuse_mutation(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
     """In-place edits that reordering could expose: outside the cone but after the head.
 
@@ -480,17 +492,12 @@ def _refuse_mutation(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
     functionalised; whatever of them remains is found in the lowered graph.
     """
     cone = set(cone_of(graph, [candidate.node]))
+    inside = cone | producers(graph, cone, [candidate])
     after = False
     for node in graph.nodes:
         after = after or node is candidate.node
-        name = op_name(node)
-        inplace = (
-            (node.op == "call_method" and name.endswith("_") and not name.endswith("__"))
-            or (node.op == "call_function" and name in _INPLACE_OPERATORS)
-            or (node.op == "call_function" and name.endswith("_") and "aten" in str(node.target))
-            or "out" in node.kwargs
-        )
-        if after and inplace and node not in cone and name != "requires_grad_":
+        if after and is_inplace(node) and node not in inside:
+            name = op_name(node)
             detail = f"{name} modifies a tensor after the head ran"
             return Refusal("mutation", name, detail, source_line(node))
     return None

@@ -25,10 +25,10 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from autochunk.lift import is_size, row_input_features
 from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
 from autochunk.tail import logical_order, output_index
 from autochunk.types import Cotangents, Lifted, Lowered, Plan, Region, RowInput, RowOp, RowValue
+from autochunk.walk import is_size, row_input_features
 
 aten = torch.ops.aten
 

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from autochunk.types import RowValue, Split
 
 if TYPE_CHECKING:
-    from autochunk.lift import Walk
+    from autochunk.walk import Walk
 
 aten = torch.ops.aten
 

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from autochunk.lift import is_size
 from autochunk.types import Cotangents, Lifted, Lowered, Region, RowValue
+from autochunk.walk import is_size
 
 
 def differentiable_outputs(lowered: Lowered, lifted: Lifted, region: Region) -> set[fx.Node]:

@@ -440,6 +440,28 @@ def teacher_logits_given(x, w, teacher):
     return F.kl_div(student, F.softmax(teacher, -1), reduction="batchmean")
 
 
+@entry("distillation", hidden, weight, targets, labels)
+def teacher_logits_given_and_its_entropy(x, w, teacher, y):
+    """Positions at which the teacher is sure count more; logits and teacher are shifted alike."""
+    student = F.log_softmax(F.linear(x, w)[:, :-1].float() / 2, -1)
+    logp = F.log_softmax(teacher[:, :-1].float() / 2, -1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    kl = (logp.exp() * (logp - student)).sum(-1) / (1 + entropy)
+    return kl[y[:, 1:] != -100].mean()
+
+
+def peer_logits(s: Sizes, dtype: torch.dtype) -> Tensor:
+    return targets(s, dtype).requires_grad_()
+
+
+@entry("distillation", hidden, weight, peer_logits)
+def mutual_learning(x, w, peer):
+    """The other network's logits are given and get a gradient (Zhang et al. 2018)."""
+    own = F.linear(x, w)
+    to_peer = F.kl_div(F.log_softmax(own, -1), F.softmax(peer, -1), reduction="batchmean")
+    return to_peer + F.kl_div(F.log_softmax(peer, -1), F.softmax(own, -1), reduction="batchmean")
+
+
 def wider_weight(s: Sizes, dtype: torch.dtype) -> Tensor:
     return frozen_weight(Sizes(s.batch, s.time, s.hidden, s.vocabulary + 32), dtype)
 
@@ -697,6 +719,32 @@ def multi_hot(s: Sizes, dtype: torch.dtype) -> Tensor:
 @entry("not language models", hidden, weight, multi_hot, bias)
 def multi_label(x, w, y, b):
     return F.binary_cross_entropy_with_logits(F.linear(x, w, b), y)
+
+
+@entry("not language models", hidden, weight, tokens)
+def one_hot_labels(x, w, y):
+    target = F.one_hot(y, w.shape[0]).to(x.dtype)
+    return -(target * F.linear(x, w).log_softmax(-1)).sum(-1).mean()
+
+
+@entry("not language models", hidden, weight, tokens)
+def smoothed_by_scatter(x, w, y):
+    """Label smoothing as it was written before PyTorch had it."""
+    logp = F.linear(x, w).flatten(0, 1).log_softmax(-1)
+    target = torch.full((y.numel(), w.shape[0]), 0.1 / (w.shape[0] - 1), dtype=x.dtype)
+    target.scatter_(1, y.flatten().unsqueeze(1), 0.9)
+    return -(target * logp).sum(-1).mean()
+
+
+def tags(s: Sizes, dtype: torch.dtype) -> Tensor:
+    """[B·T, 5], numbers of the labels that are on."""
+    return torch.randint(s.vocabulary, (s.batch * s.time, 5))
+
+
+@entry("not language models", hidden, weight, tags)
+def multi_label_by_number(x, w, ids):
+    target = torch.zeros(ids.shape[0], w.shape[0], dtype=x.dtype).scatter(1, ids, 1.0)
+    return F.binary_cross_entropy_with_logits(F.linear(x, w).flatten(0, 1), target)
 
 
 @entry("not language models", hidden, weight, targets)

@@ -32,3 +32,12 @@ def test_gallery(entry, dtype, no_codegen):
         assert found == {entry.expect}, str(explained[0])
     exact = run(entry.function, widened(inputs))
     check(actual, run(entry.function, inputs), exact, dtype)
+
+
+def test_kernel_that_inductor_cannot_overwrite_an_input_in():
+    """Inductor's C++ backend fails on the kernel (pytorch/pytorch#196570); it is made without."""
+    (entry,) = (e for e in GALLERY if e.name == "total_variation")
+    inputs = entry.inputs(Sizes(batch=4, time=64, hidden=64, vocabulary=4096), torch.float32)
+    chunked = torch.compile(entry.function, backend="autochunk", options=OPTIONS)
+    actual = run(chunked, inputs)
+    check(actual, run(entry.function, inputs), run(entry.function, widened(inputs)), torch.float32)
