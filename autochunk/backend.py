@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import traceback
 import warnings
@@ -14,7 +15,10 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
 from autochunk import body as body_stage
-from autochunk import runtime
+from autochunk import (
+    recording,  # noqa: F401
+    runtime,
+)
 from autochunk.body import BodySpec, TensorSpec
 from autochunk.bounds import index_checking
 from autochunk.config import OptionError, Options
@@ -70,13 +74,19 @@ def autochunk(
         RefusedError: where a rewrite is ``required`` and not possible.
         Exception: what failed in a rewrite, with ``strict``.
     """
-    parsed = Options.parse(options, mode)
+    return _compile(gm, example_inputs, options=Options.parse(options, mode), required=required)
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Options, required: bool
+) -> Callable[..., Any]:
+    parsed = options
     graph = next_graph()
     try:
         # Anomaly detection looks for nan in each gradient, which a traced one cannot answer; a
         # checkpoint around the compiled function must not count what tracing saves.
         with torch.autograd.set_detect_anomaly(False), no_saved_tensors_hooks():
-            made = _rewrite(gm, parsed, graph, 1 if required else AMPLIFY)
+            made = _rewrite(gm, parsed, graph, required)
         if required:
             _raise_refusal(made.report)
         compiled = made.compile(example_inputs, parsed)
@@ -112,7 +122,8 @@ class _Made:
         if self.rewritten is None:
             return _inductor(self.original, example_inputs, options)
         compiled = _inductor_with_regions(self.rewritten.gm, example_inputs, options)
-        return _Compiled(compiled, self.rewritten)
+        again = functools.partial(_compile, options=replace(options, min_bytes=0), required=True)
+        return _Compiled(compiled, self.rewritten, again)
 
 
 def _inductor(
@@ -137,8 +148,8 @@ def _raise_refusal(report: Report) -> None:
             raise RefusedError(worst)
 
 
-def _rewrite(gm: fx.GraphModule, options: Options, number: int, amplify: float) -> _Made:
-    candidates, refused = find(gm, options.min_bytes, amplify)
+def _rewrite(gm: fx.GraphModule, options: Options, number: int, required: bool) -> _Made:
+    candidates, refused = find(gm, options.min_bytes, 1 if required else AMPLIFY)
     refusals: dict[str, Refusal] = {c.name: r for c, r in refused}
     every = [*candidates, *(c for c, _ in refused)]
     for candidate in candidates:
@@ -151,7 +162,7 @@ def _rewrite(gm: fx.GraphModule, options: Options, number: int, amplify: float) 
     # Each round lowers the heads that are still in; a refusal starts another without that head.
     while kept := [c for c in candidates if c.name not in refusals]:
         lowered = lower(gm.graph, kept)
-        lifted = lift(lowered)
+        lifted = lift(lowered, defer=not required)
         found = dict(lifted.refusals)
         if not found:
             scheduled, found = _schedule(lowered, lifted, options)
@@ -286,6 +297,7 @@ class _Compiled:
 
     compiled: Callable[..., Any]
     rewritten: Rewritten
+    compiler: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
         results = self.compiled(*args)
@@ -309,6 +321,7 @@ class _Compiled:
                 strides=[take(stride) for stride in deferral.strides],
                 val=deferral.val,
                 requires_grad=deferral.needs_grad,
+                compiler=self.compiler,
             )
             for position in deferral.positions:
                 outputs[position] = tensor
@@ -340,7 +353,8 @@ def _row(
     if len(mine) > 1:
         notes.append(f"its rows are selected in {len(mine)} ways; the product runs once for each")
     if any(_deferred_from(node, candidate, lowered) for node in lifted.deferred):
-        notes.append("the logits are also returned: deferred until somebody uses them")
+        also = "also" if mine else "only"
+        notes.append(f"the logits are {also} returned: deferred until somebody uses them")
     notes.extend(
         f"recomputed in the backward pass: {item.plan.why}"
         for item in mine
@@ -349,9 +363,9 @@ def _row(
     plans = [item.plan for item in mine]
     return replace(
         row,
-        strategy=" + ".join(p.strategy for p in plans),
+        strategy=" + ".join(p.strategy for p in plans) or "deferred",
         chunks=" + ".join(f"{p.num_chunks} × {p.chunk_rows}" for p in plans),
-        chunk_bytes=max(p.chunk_bytes for p in plans),
+        chunk_bytes=max((p.chunk_bytes for p in plans), default=0),
         notes=tuple(notes),
     )
 

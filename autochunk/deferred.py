@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def defer(
     strides: Sequence[int],
     val: Tensor,
     requires_grad: bool,
+    compiler: Callable[..., Any] | None = None,
 ) -> DeferredTensor:
     """A deferred tensor.
 
@@ -58,11 +60,27 @@ def defer(
         shape, strides: Of the value.
         val: A fake tensor with its dtype and device.
         requires_grad: Whether the value has a gradient.
+        compiler: Compiles functions of the logits (``recording.py``); None: they are computed.
     """
+    formula = Formula(graph, inputs, requires_grad, shape, val.device.type, compiler)
+    return make(formula, shape, strides, val, requires_grad)
+
+
+def make(
+    formula: Any, shape: Sequence[int], strides: Sequence[int], val: Tensor, requires_grad: bool
+) -> DeferredTensor:
+    """A deferred tensor with a formula."""
     with torch.set_grad_enabled(requires_grad):
-        formula = _Formula(graph, inputs, requires_grad)
         plain = _Deferred.apply(formula, tuple(shape), val, *formula.tensors)
         return _Identity.apply(plain, formula, tuple(strides))
+
+
+def _compute(func: Any, args: Any, kwargs: Any) -> Any:
+    return NotImplemented
+
+
+#: What is tried before a value is computed (``recording.py``).
+on_use: Callable[[Any, Any, Any], Any] = _compute
 
 
 class DeferredTensor(Tensor):
@@ -70,11 +88,12 @@ class DeferredTensor(Tensor):
 
     Attributes:
         _plain: The value's tensor.
-        _formula: Computes the value; None in a compiler's copies, made of a tensor of its own.
+        _formula: Computes the value, a :class:`Formula` or what ``recording.py`` has in its place;
+            None in a compiler's copies, made of a tensor of its own.
     """
 
     _plain: Tensor
-    _formula: _Formula | None
+    _formula: Any
 
     def materialize(self) -> Tensor:
         """Computes the value. Any other use of the tensor does so, too.
@@ -89,26 +108,36 @@ class DeferredTensor(Tensor):
         with _LOCK:
             if type(self) is not DeferredTensor:  # another thread was faster
                 return self
-            plain = self._value
-            with torch._C.DisableTorchFunctionSubclass():
-                shared = self._use_count() > 1
-            if shared or self._formula is None:
-                return plain
+            formula = self._formula
+            if formula is not None:
+                formula.seen = True
+            if formula is None or self.is_shared_with_cpp():
+                return self._value
+            plain = formula.ordinary(self._plain)
             try:
                 torch._C._swap_tensor_impl(self, plain)
             except RuntimeError:  # C++ code holds a weak reference
-                return plain
+                return self._value
             del self._plain, self._formula
             self.__class__ = Tensor
             return self
+
+    def is_shared_with_cpp(self) -> bool:
+        """Whether C++ code holds on to the wrapper (autograd, for a custom Function's input)."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._use_count() > 1
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _METADATA or TracingContext.try_get() is not None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs or {})
-        if func in _AUTOGRAD:
+        if func in _AUTOGRAD and isinstance(args[0]._formula, Formula):
             return func(args[0]._plain, *args[1:], **kwargs or {})
+        with _LOCK:
+            result = on_use(func, args, kwargs or {})
+        if result is not NotImplemented:
+            return result
         args, kwargs = pytree.tree_map_only(
             DeferredTensor, DeferredTensor.materialize, (args, kwargs or {})
         )
@@ -159,7 +188,7 @@ class DeferredTensor(Tensor):
         return repr((self.shape, self.stride(), self.dtype, self.device, self.requires_grad))
 
 
-def _wrap(plain: Tensor, formula: _Formula | None, strides: Sequence[int]) -> DeferredTensor:
+def _wrap(plain: Tensor, formula: Formula | None, strides: Sequence[int]) -> DeferredTensor:
     wrapper = Tensor._make_wrapper_subclass(
         DeferredTensor,
         plain.shape,
@@ -192,7 +221,7 @@ def _is_view(func: Any) -> bool:
     return any(out.alias_info is not None for out in func._schema.returns)
 
 
-class _Formula:
+class Formula:
     """How a value is computed, and its gradients.
 
     It is part of the autograd graph (through :class:`_Deferred`) and therefore must not refer to
@@ -202,16 +231,35 @@ class _Formula:
         tensors: Aliases of the inputs that are tensors. Hooks on the inputs must not run once
             for the value's own graph and once more for the whole.
         recorded: The value's own graph, until a backward pass has used it up.
+        root: Itself.
+        numel, features, device: Of the value; its last dimension; the device's type.
+        compiler: Compiles functions of the value, or None.
+        seen: Whether the value has been looked at: its gradient may be asked for.
     """
 
-    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any], requires_grad: bool) -> None:
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        inputs: Sequence[Any],
+        requires_grad: bool,
+        shape: Sequence[int],
+        device: str,
+        compiler: Callable[..., Any] | None,
+    ) -> None:
         self.graph = graph
+        self.numel, self.features, self.device = prod(shape), shape[-1], device
+        self.compiler = compiler
+        self.seen = False
         self.inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
         self.requires_grad = requires_grad
         self.inference = torch.is_inference_mode_enabled()
         self.states = [_state_of(t) for t in self.tensors]
         self.filled = False
         self.recorded: GradientEdge | None = None
+
+    @property
+    def root(self) -> Formula:
+        return self
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -230,19 +278,41 @@ class _Formula:
                 "autochunk: torch.jit.trace would record how deferred logits are computed; call "
                 ".materialize() on them first"
             )
-        for position, (tensor, state) in enumerate(zip(self.tensors, self.states, strict=True)):
-            if _state_of(tensor) != state:
-                raise StaleError(
-                    f"autochunk: the logits were deferred, and their input {position} (shape "
-                    f"{list(tensor.shape)}) has since been modified in place (by an optimizer's "
-                    "step?), so their value can no longer be computed; use the logits before "
-                    "that, or call .materialize() on them"
-                )
+        self._check()
         with self.ambient():
             value = self.graph.forward(*self.inputs)
             self.recorded = get_gradient_edge(value) if value.requires_grad else None
             plain.data = value.detach()
         self.filled = True
+
+    def ordinary(self, plain: Tensor) -> Tensor:
+        """The tensor that the wrapper becomes."""
+        self.fill(plain)
+        return plain
+
+    def compute(self) -> Tensor:
+        """The value, which is not kept, without its history."""
+        self._check()
+        with self.ambient(), torch.no_grad():
+            return self.graph.forward(*self.inputs)
+
+    def stale(self) -> int | None:
+        """The position of an input that was modified in place since, if there is one."""
+        for position, (tensor, state) in enumerate(zip(self.tensors, self.states, strict=True)):
+            if _state_of(tensor) != state:
+                return position
+        return None
+
+    def _check(self) -> None:
+        position = self.stale()
+        if position is not None:
+            tensor = self.tensors[position]
+            raise StaleError(
+                f"autochunk: the logits were deferred, and their input {position} (shape "
+                f"{list(tensor.shape)}) has since been modified in place (by an optimizer's "
+                "step?), so their value can no longer be computed; use the logits before "
+                "that, or call .materialize() on them"
+            )
 
     @contextlib.contextmanager
     def ambient(self) -> Iterator[None]:
@@ -294,7 +364,7 @@ class _Deferred(torch.autograd.Function):
     """``plain``, yet to be filled, as a function of the formula's tensors."""
 
     @staticmethod
-    def forward(ctx: Any, formula: _Formula, shape: Any, val: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, formula: Formula, shape: Any, val: Tensor, *tensors: Tensor) -> Tensor:
         ctx.formula = formula
         ctx.save_for_backward(*tensors)
         return torch.empty_strided(shape, [0] * len(shape), dtype=val.dtype, device=val.device)
@@ -309,7 +379,7 @@ class _Identity(torch.autograd.Function):
     """The wrapper as a function of ``plain``."""
 
     @staticmethod
-    def forward(ctx: Any, plain: Tensor, formula: _Formula, strides: Any) -> Tensor:
+    def forward(ctx: Any, plain: Tensor, formula: Formula, strides: Any) -> Tensor:
         return _wrap(plain, formula, strides)
 
     @staticmethod

@@ -21,8 +21,9 @@ from autochunk.types import NARROW, Candidate, Refusal
 #: Output features per input feature from which on a linear counts as amplifying.
 AMPLIFY = 4
 
-_MATMUL = {torch.matmul, operator.matmul, torch.mm, "matmul", "mm", "__matmul__"}
-_ADDMM = {torch.addmm, "addmm"}
+_aten = torch.ops.aten
+_MATMUL = {torch.matmul, operator.matmul, torch.mm, "matmul", "mm", "__matmul__", _aten.mm.default}
+_ADDMM = {torch.addmm, "addmm", _aten.addmm.default}
 #: Ops besides linears that make a network of what enters them.
 LAYERS = {F.scaled_dot_product_attention, torch.bmm, F.conv1d, F.conv2d, "bmm"}
 _INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "setitem"}

@@ -22,12 +22,16 @@ from autochunk.types import IndexCheck, Lifted, Lowered, Refusal, Region, RowVal
 from autochunk.walk import Walk, row_input_features
 
 
-def lift(lowered: Lowered) -> Lifted:
-    """Finds the regions of a lowered graph, and the reasons for the heads that have none."""
-    walk, refusals, groups = _walk(lowered, {})
+def lift(lowered: Lowered, defer: bool = True) -> Lifted:
+    """Finds the regions of a lowered graph, and the reasons for the heads that have none.
+
+    Args:
+        defer: Heads whose logits are only returned are no refusals, though they have no region.
+    """
+    walk, refusals, groups = _walk(lowered, {}, defer)
     sunk = sinkable(lowered)
     if sunk and groups:
-        with_sunk = _walk(lowered, sunk)
+        with_sunk = _walk(lowered, sunk, defer)
         if (len(with_sunk[1]), len(with_sunk[2])) <= (len(refusals), len(groups)):
             walk, refusals, groups = with_sunk
     walk.drop_all_but(groups)
@@ -43,13 +47,13 @@ def lift(lowered: Lowered) -> Lifted:
 
 
 def _walk(
-    lowered: Lowered, sunk: Mapping[fx.Node, fx.Node]
+    lowered: Lowered, sunk: Mapping[fx.Node, fx.Node], defer: bool
 ) -> tuple[Walk, dict[str, Refusal], list[list[RowValue]]]:
     refusals: dict[str, Refusal] = {}
     while True:
         walk = Walk(lowered, frozenset(refusals), sunk)
         walk.run()
-        found = walk.refusals()
+        found = walk.refusals(defer)
         if not found:
             break
         refusals.update(found)

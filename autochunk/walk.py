@@ -88,8 +88,12 @@ class Walk:
                 self._current = node
                 self._visit(node)
 
-    def refusals(self) -> dict[str, Refusal]:
-        """Heads that turned out to be impossible, or that have nothing to return."""
+    def refusals(self, defer: bool) -> dict[str, Refusal]:
+        """Heads that turned out to be impossible, or that have nothing to return.
+
+        Args:
+            defer: Logits that are returned are enough.
+        """
         found = dict(self._found)
         reached = {name for value in self.values.values() for name in value.heads}
         reached |= {name for split in self.splits.values() for name in split.inner.heads}
@@ -97,6 +101,8 @@ class Walk:
             for node, candidate in self.heads.items():
                 if candidate.name not in reached:
                     returned = any(self._from(n, candidate.name) for n in self.deferred)
+                    if returned and defer:
+                        continue
                     detail = (
                         "the logits are returned and nothing in this graph reduces them"
                         if returned

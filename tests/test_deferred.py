@@ -912,7 +912,7 @@ def test_memory() -> None:
     step(x)
     logits_bytes = 100 * 8192 * 4
     assert _bytes_kept(lambda: step(x)) < 0.1 * logits_bytes + 8 * 8192 * 4
-    assert _bytes_kept(lambda: (lambda out: (out[1].sum(), out))(step(x))) > logits_bytes
+    assert _bytes_kept(lambda: (lambda out: (out[1].materialize(), out))(step(x))) > logits_bytes
 
 
 def _bytes_kept(function: Callable[[], Any]) -> int:
@@ -1001,7 +1001,7 @@ def test_function_that_modifies_used_logits(pair: Any, ids: Tensor) -> None:
     results = []
     for function in pair:
         _, logits = function(ids)
-        logits.sum()
+        logits.tolist()
         result = _Double.apply(logits)
         (result.sum() + logits.square().sum()).backward()
         results.append(plain([result is logits, result, gradients(model)]))
@@ -1105,7 +1105,7 @@ def test_llama(keep: int, llama: Any) -> None:
             accuracy = (logits[:, :-1].argmax(-1) == labels[:, 1:]).float().mean()
             (outputs.loss + logits.float().logsumexp(-1).square().mean()).backward()
             assert outputs.logits is logits
-            assert type(logits) is Tensor
+            assert type(logits) is (Tensor if function is model else DeferredTensor)
             results.append(plain([outputs.loss, logits, accuracy, gradients(model)]))
         assert_same(results[1], results[0])
 
