@@ -367,10 +367,13 @@ class _Deferred(torch.autograd.Function):
     def forward(ctx: Any, formula: Formula, shape: Any, val: Tensor, *tensors: Tensor) -> Tensor:
         ctx.formula = formula
         ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
         return torch.empty_strided(shape, [0] * len(shape), dtype=val.dtype, device=val.device)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is None:  # the gradient goes another way (recording.py)
+            return (None,) * len(ctx.needs_input_grad)
         _ = ctx.saved_tensors  # raises what eager PyTorch raises if one was modified or freed
         return None, None, None, *ctx.formula.gradients(grad, ctx.needs_input_grad[3:])
 

@@ -3,6 +3,7 @@
     python examples/measure.py head                  a head and its loss, 2048 × 512 × 128256
     python examples/measure.py head --dtype bfloat16
     python examples/measure.py model                 a Hugging Face Llama of 2 layers, labels inside
+    python examples/measure.py loop                  the same, its loss outside of the compiled model
 
 The methods take turns in one process. The peak is that of one forward and backward pass above what
 the process held before it: on a CPU from the kernel's high-water mark, on CUDA from the allocator.
@@ -26,8 +27,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["head", "model"])
-    parser.add_argument("--rows", type=int, default=2048, help="tokens (model: in 2 sequences)")
+    parser.add_argument("what", choices=["head", "model", "loop"])
+    parser.add_argument("--rows", type=int, default=2048, help="tokens (model, loop: in 2 sequences)")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7, help="measured steps of each method")
     args = parser.parse_args()
     torch.manual_seed(0)
-    steps, parameters = (head if args.what == "head" else model)(args)
+    steps, parameters = {"head": head, "model": model, "loop": loop}[args.what](args)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, list[float]] = {name: [] for name in steps}
     results: dict[str, tuple[float, float]] = {}
@@ -100,8 +101,8 @@ def head(args):
     return {name: (lambda f=f: f(x, w, y)) for name, f in compiled.items()}, [w, x]
 
 
-def model(args):
-    """A Hugging Face Llama, and for Inductor also a step that returns nothing but the loss."""
+def llama(args):
+    """A Hugging Face Llama, and tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -114,7 +115,12 @@ def model(args):
         tie_word_embeddings=True,
     )
     net = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype))
-    ids = torch.randint(0, args.vocabulary, (2, args.rows // 2), device=args.device)
+    return net, torch.randint(0, args.vocabulary, (2, args.rows // 2), device=args.device)
+
+
+def model(args):
+    """A Llama with labels, and for Inductor also a step that returns nothing but the loss."""
+    net, ids = llama(args)
 
     def loss_only(ids):
         return net(input_ids=ids, labels=ids).loss
@@ -127,6 +133,19 @@ def model(args):
         "autochunk": lambda: compiled["autochunk"](input_ids=ids, labels=ids).loss,
     }
     return steps, list(net.parameters())
+
+
+def loop(args):
+    """Most training loops: the model is compiled, the loss is plain Python."""
+    net, ids = llama(args)
+    labels = ids.roll(-1, 1)
+    compiled = {name: torch.compile(net, backend=name) for name in ("inductor", "autochunk")}
+
+    def step(name):
+        logits = compiled[name](input_ids=ids).logits
+        return F.cross_entropy(logits.view(-1, args.vocabulary), labels.view(-1))
+
+    return {name: (lambda name=name: step(name)) for name in compiled}, list(net.parameters())
 
 
 def synchronize(device: str) -> None:
