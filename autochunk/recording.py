@@ -200,7 +200,7 @@ class StepFormula:
         for i in self.step.deferred:
             if type(leaves[i]) is DeferredTensor:
                 leaves[i] = leaves[i].materialize()
-        with self.root.ambient():
+        with torch.inference_mode(self.root.inference):
             return self.step.call(leaves)
 
     def _check(self) -> None:
@@ -370,8 +370,7 @@ def _is_open(tensor: DeferredTensor) -> bool:
 
 
 def _is_wide(tensor: Tensor, root: Formula) -> bool:
-    last = tensor.shape[-1] if tensor.dim() else 0
-    return tensor.numel() * NARROW > root.numel or last * NARROW > root.features
+    return tensor.numel() * NARROW > root.numel or root.features in tensor.shape
 
 
 def _versions(leaves: Sequence[Any], deferred: Sequence[int]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
     python examples/measure.py head                  a head and its loss, 2048 × 512 × 128256
     python examples/measure.py head --dtype bfloat16
     python examples/measure.py model                 a Hugging Face Llama of 2 layers, labels inside
-    python examples/measure.py loop                  the same, its loss outside of the compiled model
+    python examples/measure.py loop                  the same, its loss outside of the compiled one
 
 The methods take turns in one process. The peak is that of one forward and backward pass above what
 the process held before it: on a CPU from the kernel's high-water mark, on CUDA from the allocator.
@@ -28,7 +28,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["head", "model", "loop"])
-    parser.add_argument("--rows", type=int, default=2048, help="tokens (model, loop: in 2 sequences)")
+    parser.add_argument(
+        "--rows", type=int, default=2048, help="tokens (model, loop: in 2 sequences)"
+    )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
