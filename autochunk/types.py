@@ -34,8 +34,8 @@ REFUSAL_CODES: Mapping[str, str] = {
     "from a parameter, so each new number would be compiled anew.",
     "feeds-layer": "The wide output feeds another layer (an MLP's or attention's projection), "
     "so it is not a head whose output is reduced.",
-    "not-reduced": "The graph never reduces the logits to a few numbers per row: they are only "
-    "returned, or nothing uses them.",
+    "not-reduced": "Nothing reduces the logits to a few numbers per row: nothing uses them, or the "
+    "function given to `chunked_linear` returns them.",
     "mixes-rows": "An op on the logits mixes rows (a softmax over the batch, a sort across "
     "tokens, a cumulative sum over time), so no chunk of rows can compute it alone.",
     "no-rule": "No rule states that this op treats rows independently.",
