@@ -280,7 +280,7 @@ def handle(func: Any, args: Any, kwargs: Any) -> Any:
         x = args[0]
         stand_in = torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape)
         return func(stand_in, *args[1:], **kwargs)
-    if func not in _SPELLINGS or _is_intercepted() or _writes_or_lists(func, args, kwargs):
+    if func not in _SPELLINGS or _is_intercepted() or _writes(kwargs):
         return NotImplemented
     leaves, spec = pytree.tree_flatten((args, kwargs))
     leaves = _positions_of_masks(func, leaves)
@@ -318,14 +318,8 @@ def handle(func: Any, args: Any, kwargs: Any) -> Any:
     return _evaluate(step, root, any(t.requires_grad for t in tensors))
 
 
-def _writes_or_lists(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a result is written somewhere, or a list is an index (a tensor of its own)."""
-    if kwargs.get("out") is not None or kwargs.get("inplace"):
-        return True
-    if func is not Tensor.__getitem__:
-        return False
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return any(isinstance(i, (list, bool)) for i in index)
+def _writes(kwargs: Any) -> bool:
+    return kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
 
 def _is_intercepted() -> bool:

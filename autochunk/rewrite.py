@@ -111,6 +111,7 @@ class _Writer:
         self.stored: dict[tuple[str, int], fx.Node] = {}  # region output → new node
         self.logical: dict[fx.Node, fx.Node] = {}  # lowered value node → new node
         self.sizes: dict[sympy.Expr, fx.Node] = {}
+        self.constants: dict[str, torch.Tensor] = {}  # attributes of the new module
         self.trace: str | None = None
 
     def write(self) -> Rewritten:
@@ -139,7 +140,12 @@ class _Writer:
         results = [self._returned(flat[i]) for i in kept]
         self.new.output((*results, *extra))
         self.new.lint()
-        new_gm = fx.GraphModule(self.gm, self.new)
+        attributes = {
+            node.target: operator.attrgetter(node.target)(self.gm)
+            for node in self.new.nodes
+            if node.op in ("get_attr", "call_module") and node.target not in self.constants
+        }
+        new_gm = fx.GraphModule({**attributes, **self.constants}, self.new)
         new_gm.meta = dict(self.gm.meta)
         return Rewritten(new_gm, tuple(kept), len(flat), tuple(deferrals))
 
@@ -280,6 +286,11 @@ class _Writer:
 
     def _copy(self, node: fx.Node) -> None:
         """Copies an outer node of the lowered graph, after those it needs."""
+        if node.op == "get_attr":  # the tensor that a list of indices has become
+            name = f"autochunk{node.target}"
+            self.constants[name] = getattr(self.lowered.graph, node.target)
+            self.outer[node] = self.new.get_attr(name)
+            return
         for arg in node.all_input_nodes:
             self._get(arg)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._get)

@@ -869,6 +869,12 @@ def padded_vocabulary(x, w, y):
     return F.cross_entropy(logits.flatten(0, 1), kept.flatten())
 
 
+@entry("shapes", hidden, weight)
+def lists_of_indices(x, w):
+    z = F.linear(x, w)
+    return z[:, [0, 3]].logsumexp(-1).sum() + z[..., [3, 5, 7]].square().mean()
+
+
 @entry("shapes", hidden, weight, tokens, mask, unbacked=True)
 def boolean_mask_of_logits(x, w, y, m):
     """A number of rows that depends on the data."""

@@ -29,8 +29,9 @@ def test_family(family, no_codegen):
     explained.result.loss.backward()
     # Blocks have wide layers of their own; those are left alone.
     codes = {row.refusal.code for row in explained.refused} - {"feeds-layer", "small"}
-    if family.expect == "chunked":
+    if family.expect in ("chunked", "deferred"):
         assert len(explained.chunked) == 1, str(explained)
+        assert (explained.chunked[0].strategy == "deferred") == (family.expect == "deferred")
         assert not codes, str(explained)
     else:
         assert codes == {family.expect}, str(explained)

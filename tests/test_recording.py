@@ -122,7 +122,7 @@ LOSSES = {
     "temperature": (lambda z, y: _cross_entropy(z / 0.7, y), 1),
     "softcap": (lambda z, y: _cross_entropy(30 * torch.tanh(z / 30), y), 1),
     "mask": (lambda z, y: F.cross_entropy(z.view(-1, VOCABULARY)[y.view(-1) > 9], y[y > 9]), 1),
-    "positions": (lambda z, y: z[:, [0, 4]].logsumexp(-1).sum(), 0),
+    "positions": (lambda z, y: z[:, [0, 4]].logsumexp(-1).sum(), 1),
     "index_select": (
         lambda z, y: z.view(-1, VOCABULARY).index_select(0, torch.tensor([3, 1, 4])).amax(-1).sum(),
         1,

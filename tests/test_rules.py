@@ -202,7 +202,8 @@ def test_rows_are_not_mixed(sample, reason, no_codegen):
         return sample(F.linear(x, w)).float().mean()
 
     explained = autochunk.explain(function, options=OPTIONS)(x, w)
-    assert not explained.chunked
+    # Of a graph that breaks behind the logits they are deferred, which is no chunk of theirs.
+    assert all(row.strategy == "deferred" for row in explained.chunked)
     assert reason in str(explained)
     torch.testing.assert_close(explained.result, function(x, w))
 
