@@ -15,6 +15,7 @@ What must survive the lowering although autograd is off while it runs:
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -337,16 +338,17 @@ def _split_to_slices(gm: fx.GraphModule) -> None:
         start: Any = 0
         pieces = list(node.meta["val"])
         sizes = [1 if target is aten.unbind.int else piece.shape[dim] for piece in pieces]
-        if not all(isinstance(size, int) for size in sizes):
+        if not all(isinstance(size, int) for size in sizes[:-1]):
             continue
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        ends = [*starts[1:], sys.maxsize]  # the size of the last one may be symbolic
         for user in list(node.users):
-            start, size = starts[user.args[1]], sizes[user.args[1]]
+            start, end = starts[user.args[1]], ends[user.args[1]]
             with gm.graph.inserting_before(user):
                 if target is aten.unbind.int:
                     piece = gm.graph.call_function(aten.select.int, (x, dim, start))
                 else:
-                    piece = gm.graph.call_function(aten.slice.Tensor, (x, dim, start, start + size))
+                    piece = gm.graph.call_function(aten.slice.Tensor, (x, dim, start, end))
                 piece.meta = dict(user.meta)
             user.replace_all_uses_with(piece)
             gm.graph.erase_node(user)
