@@ -15,10 +15,7 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
 from autochunk import body as body_stage
-from autochunk import (
-    recording,  # noqa: F401
-    runtime,
-)
+from autochunk import runtime
 from autochunk.body import BodySpec, TensorSpec
 from autochunk.bounds import index_checking
 from autochunk.config import OptionError, Options
@@ -29,6 +26,7 @@ from autochunk.find import AMPLIFY, find, op_name, source_line
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower
 from autochunk.plan import plan
+from autochunk.recording import Programs
 from autochunk.report import Report, Row, next_graph, publish, write_debug
 from autochunk.rewrite import Rewritten, Scheduled, rewrite
 from autochunk.tail import cotangents, differentiable_outputs
@@ -123,7 +121,7 @@ class _Made:
             return _inductor(self.original, example_inputs, options)
         compiled = _inductor_with_regions(self.rewritten.gm, example_inputs, options)
         again = functools.partial(_compile, options=replace(options, min_bytes=0), required=True)
-        return _Compiled(compiled, self.rewritten, again)
+        return _Compiled(compiled, self.rewritten, Programs(again))
 
 
 def _inductor(
@@ -297,7 +295,7 @@ class _Compiled:
 
     compiled: Callable[..., Any]
     rewritten: Rewritten
-    compiler: Callable[..., Any]
+    programs: Programs
 
     def __call__(self, *args: Any) -> Any:
         results = self.compiled(*args)
@@ -321,7 +319,7 @@ class _Compiled:
                 strides=[take(stride) for stride in deferral.strides],
                 val=deferral.val,
                 requires_grad=deferral.needs_grad,
-                compiler=self.compiler,
+                compiler=self.programs,
             )
             for position in deferral.positions:
                 outputs[position] = tensor

@@ -25,7 +25,8 @@ import logging
 import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autochunk import deferred
 from autochunk.deferred import DeferredTensor, Formula, StaleError, make, no_saved_tensors_hooks
+from autochunk.report import mebibytes
 from autochunk.types import NARROW, RefusedError
 
 LOG = logging.getLogger("autochunk.deferred")
@@ -99,12 +101,14 @@ for _name, _function in _OPERATORS.items():
 for _function in _FUNCTIONS:
     _SPELLINGS[_function] = _function
 
+#: Their numbers are sizes.
+_SIZED = {Tensor.view, Tensor.reshape, Tensor.expand, torch.reshape}
+_NARROW = {Tensor.narrow, torch.narrow}
+
 #: What needs the shape only.
 _LIKE = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like}
 _LIKE |= {torch.randn_like, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty}
 _LIKE |= {Tensor.new_tensor}
-
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,10 +280,25 @@ def _gradients(step: Step, upstream: Sequence[Any], wanted: Sequence[bool]) -> l
 
 def handle(func: Any, args: Any, kwargs: Any) -> Any:
     """Records or evaluates an op on deferred tensors; ``NotImplemented`` where neither is done."""
+    result = _record(func, args, kwargs)
+    if result is NotImplemented and LOG.isEnabledFor(logging.INFO):
+        leaves = pytree.tree_leaves((args, kwargs))
+        opened = [x for x in leaves if type(x) is DeferredTensor and not x._formula.seen]
+        for root in dict.fromkeys(x._formula.root for x in opened):
+            name, size = getattr(func, "__name__", str(func)), root.numel * root.dtype.itemsize
+            shape = "×".join(map(str, root.shape))
+            line = _user_line()
+            LOG.info("%s:%s: %s computes logits, %s, %s", *line, name, shape, mebibytes(size))
+    return result
+
+
+def _record(func: Any, args: Any, kwargs: Any) -> Any:
     if func in _LIKE and type(args[0]) is DeferredTensor and not _is_intercepted():
         x = args[0]
         stand_in = torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape)
         return func(stand_in, *args[1:], **kwargs)
+    if func in _PIECES:
+        return _PIECES[func](*args, **kwargs)
     if func not in _SPELLINGS or _is_intercepted() or _writes(kwargs):
         return NotImplemented
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -301,21 +320,21 @@ def handle(func: Any, args: Any, kwargs: Any) -> Any:
     )
     root = max((leaves[i]._formula.root for i in at), key=lambda r: r.numel)
     try:
-        shown, fakes = _metadata(step)
+        shown = _metadata(step)
     except Exception:  # the user's error: it is raised again by the op on the values
         return NotImplemented
-    for fake, leaf in zip(fakes, leaves, strict=True):
-        if shown is fake:
-            return leaf
-    tensors = [t for t in pytree.tree_leaves(shown) if isinstance(t, Tensor)]
+    if shown.returned is not None:
+        return leaves[shown.returned]
+    tensors = shown.tensors
     if not tensors or any(t.device != leaves[at[0]].device for t in tensors):
         return NotImplemented
-    if isinstance(shown, Tensor) and _is_wide(shown, root):
-        formula = StepFormula(step, root, shown.requires_grad, shown._is_view())
-        return make(formula, shown.shape, shown.stride(), shown, shown.requires_grad)
-    if any(_is_wide(t, root) for t in tensors):
+    if not any(_is_wide(t, root) for t in tensors):
+        return _evaluate(step, root, any(t.requires_grad for t in tensors))
+    if not shown.is_single:
         return NotImplemented
-    return _evaluate(step, root, any(t.requires_grad for t in tensors))
+    (one,) = tensors
+    formula = StepFormula(step, root, one.requires_grad, shown.is_view)
+    return make(formula, one.shape, one.strides, one, one.requires_grad)
 
 
 def _writes(kwargs: Any) -> bool:
@@ -363,8 +382,8 @@ def _is_open(tensor: DeferredTensor) -> bool:
     )
 
 
-def _is_wide(tensor: Tensor, root: Formula) -> bool:
-    return tensor.numel() * NARROW > root.numel or root.features in tensor.shape
+def _is_wide(tensor: _Meta, root: Formula) -> bool:
+    return prod(tensor.shape) * NARROW > root.numel or root.features in tensor.shape
 
 
 def _versions(leaves: Sequence[Any], deferred: Sequence[int]) -> tuple[int, ...]:
@@ -387,25 +406,193 @@ def _positions_of_masks(func: Any, leaves: list[Any]) -> list[Any]:
     ]
 
 
-_fake_mode = functools.cache(FakeTensorMode)
+def _pieces(whole: Callable[..., Sequence[Any]]) -> Callable[..., Any]:
+    """A function that cuts a tensor, from one that gives the indices of its pieces."""
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else None
+        if type(x) is not DeferredTensor or _is_intercepted() or not _is_open(x) or x.dim() < 2:
+            return NotImplemented
+        try:
+            indices = whole(x.shape, *args[1:], **kwargs)
+        except (TypeError, IndexError, ValueError, ZeroDivisionError):
+            return NotImplemented  # the user's error: PyTorch raises it
+        return tuple(x[index] for index in indices)
+
+    return cut
 
 
-def _metadata(step: Step) -> tuple[Any, list[Any]]:
-    """What the step's results are like, as fake tensors, and the fakes it was shown with."""
-    mode = _fake_mode()
+def _along(shape: Sequence[int], dim: int) -> tuple[Any, ...]:
+    """What comes before the index of a dimension."""
+    return (slice(None),) * (range(len(shape))[dim])
 
-    def fake(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        with torch._C.DisableTorchFunctionSubclass(), mode:
-            made = torch.empty_strided(
-                leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
-            )
-            return made.requires_grad_(leaf.requires_grad)
 
-    fakes = [fake(leaf) for leaf in step.leaves]
-    with mode:
-        return step.call(fakes), fakes
+def _unbound(shape: Sequence[int], dim: int = 0) -> list[Any]:
+    if range(len(shape))[dim] == len(shape) - 1:
+        raise ValueError("one piece for each feature")
+    return [(*_along(shape, dim), i) for i in range(shape[dim])]
+
+
+def _split(
+    shape: Sequence[int], split_size: Any = None, dim: int = 0, split_size_or_sections: Any = None
+) -> list[Any]:
+    sizes = split_size_or_sections if split_size is None else split_size
+    if isinstance(sizes, int):
+        sizes = [sizes] * (shape[dim] // sizes) + [shape[dim] % sizes] * (shape[dim] % sizes > 0)
+    ends = list(itertools.accumulate(sizes))
+    if not sizes or min(sizes) < 0 or ends[-1] != shape[dim]:
+        raise ValueError("sizes do not add up")
+    before = _along(shape, dim)
+    return [(*before, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _chunks(shape: Sequence[int], chunks: int, dim: int = 0) -> list[Any]:
+    return _split(shape, -(-shape[dim] // chunks), dim)
+
+
+_PIECES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys([Tensor.unbind, torch.unbind], _pieces(_unbound)),
+    **dict.fromkeys([Tensor.split, torch.split, torch.functional.split], _pieces(_split)),
+    **dict.fromkeys([Tensor.chunk, torch.chunk], _pieces(_chunks)),
+}
+
+
+def _iterate(x: Any) -> Any:
+    pieces = _PIECES[Tensor.unbind](x)
+    return pieces if pieces is NotImplemented else iter(pieces)
+
+
+_PIECES[Tensor.__iter__] = _iterate
+
+
+def _numbers_of(step: Step) -> set[int]:
+    """Positions of the leaves that address rows or give sizes, and may change from call to call."""
+    x = step.leaves[0]
+    features = {step.leaves[i]._formula.root.features for i in step.deferred}
+    args, kwargs = pytree.tree_unflatten(range(len(step.leaves)), step.spec)
+    if step.func in _SIZED:
+        sizes = range(1, len(step.leaves))
+        return {i for i in sizes if step.leaves[i] not in features}
+    if type(x) is not DeferredTensor:
+        return set()
+    if step.func in _NARROW:
+        named = dict(zip(("input", "dim", "start", "length"), args, strict=False)) | kwargs
+        dim = step.leaves[named["dim"]]
+        return set() if x.shape[dim] in features else {named["start"], named["length"]}
+    if step.func is not Tensor.__getitem__:
+        return set()
+    items = args[1] if isinstance(args[1], tuple) else (args[1],)
+    taken = [_dims_taken(step.leaves[i]) if isinstance(i, int) else 1 for i in items]
+    found, dim = set(), 0
+    for item, n in zip(items, taken, strict=True):
+        leaf = step.leaves[item] if isinstance(item, int) else item
+        if type(leaf) in (int, slice) and x.shape[dim] not in features:
+            found.add(item)
+        dim += x.dim() - sum(taken) if leaf is Ellipsis else n
+    return found
+
+
+def _turn_of_a_loop(step: Step) -> Tensor | None:
+    """The ``i`` of ``logits[i]`` as an index: all turns of a loop are one program then."""
+    x, i = step.leaves[:2]
+    if step.func is not Tensor.__getitem__ or type(i) is not int or x.shape[0] == 1:
+        return None
+    return torch.tensor([i % x.shape[0]], device=x.device)
+
+
+def _dims_taken(index: Any) -> int:
+    """Dimensions of a tensor that are addressed by one of its indices."""
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        return index.dim()
+    return 0 if index is None or index is Ellipsis or isinstance(index, bool) else 1
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """A tensor but for its values."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Meta:
+        t = tensor
+        return _Meta(tuple(t.shape), tuple(t.stride()), t.dtype, t.device, t.requires_grad)
+
+    def empty(self) -> Tensor:
+        made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+        return made.requires_grad_(self.requires_grad)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What an op's results are like.
+
+    Attributes:
+        tensors: Of its results.
+        is_single: Whether it has one, not in a tuple.
+        is_view: Whether that is a view.
+        returned: Position of the leaf that it returns as it is, or None.
+    """
+
+    tensors: tuple[_Meta, ...]
+    is_single: bool
+    is_view: bool
+    returned: int | None
+
+
+def _metadata(step: Step) -> _Shown:
+    """What the step's results are like. It is remembered, for a bounded number of steps."""
+    with torch._C.DisableTorchFunctionSubclass():
+        leaves = tuple(map(_described, step.leaves))
+    modes = (torch.is_inference_mode_enabled(), torch.get_default_dtype())
+    return _shown(step.func, leaves, step.spec, step.grad, step.autocast, step.device, modes)
+
+
+def _described(leaf: Any) -> tuple[type, Any]:
+    """Something to compare arguments by: equal numbers of different types differ."""
+    if isinstance(leaf, Tensor):
+        return Tensor, _Meta.of(leaf)
+    if isinstance(leaf, slice):
+        return slice, (leaf.start, leaf.stop, leaf.step)
+    return type(leaf), leaf
+
+
+@functools.cache
+def _fake_mode() -> FakeTensorMode:
+    mode = FakeTensorMode()
+    mode.cache_enabled = False  # it would keep an entry for each new number and shape, for ever
+    return mode
+
+
+@functools.lru_cache(maxsize=256)
+def _shown(
+    func: Any,
+    leaves: tuple[tuple[type, Any], ...],
+    spec: Any,
+    grad: bool,
+    autocast: tuple[bool, torch.dtype],
+    device: str,
+    modes: Any,
+) -> _Shown:
+    def made(kind: type, about: Any) -> Any:
+        if kind is Tensor:
+            return about.empty()
+        return slice(*about) if kind is slice else about
+
+    with _fake_mode():
+        fakes = tuple(made(*leaf) for leaf in leaves)
+        result = Step(func, fakes, spec, (), (), grad, autocast, device, ("", 0)).call(fakes)
+    is_single = isinstance(result, Tensor)
+    return _Shown(
+        tensors=tuple(_Meta.of(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)),
+        is_single=is_single,
+        is_view=is_single and result._is_view(),
+        returned=next((i for i, fake in enumerate(fakes) if result is fake), None),
+    )
 
 
 def _user_line() -> tuple[str, int]:
@@ -497,6 +684,11 @@ class _Writer:
         return result
 
     def call(self, step: Step, tensors: str) -> str:
+        numbers = _numbers_of(step)
+        given = list(step.leaves)
+        turn = _turn_of_a_loop(step) if 1 in numbers else None
+        if turn is not None:
+            given[1] = 0
         leaves = [
             self.deferred(leaf)
             if type(leaf) is DeferredTensor
@@ -504,19 +696,26 @@ class _Writer:
             if isinstance(leaf, Tensor)
             else self.number(leaf)
             if type(leaf) is float
-            else self.constant(leaf)
-            for leaf in step.leaves
+            else self.constant(leaf, i in numbers)
+            for i, leaf in enumerate(given)
         ]
+        if turn is not None:
+            leaves[0] = f"{leaves[0]}.index_select(0, {self.tensor(turn, 'other')})"
         args, kwargs = pytree.tree_unflatten([_Source(leaf) for leaf in leaves], step.spec)
-        given = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
+        written = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
         spelling = _SPELLINGS[step.func]
         if isinstance(spelling, str):
-            return f"{given[0]}.{spelling}({', '.join(given[1:])})"
+            return f"{written[0]}.{spelling}({', '.join(written[1:])})"
         name = f"f_{spelling.__name__.strip('_<>')}{id(spelling)}"
         self.names[name] = spelling
-        return f"{name}({', '.join(given)})"
+        return f"{name}({', '.join(written)})"
 
-    def constant(self, leaf: Any) -> str:
+    def constant(self, leaf: Any, may_change: bool) -> str:
+        if isinstance(leaf, slice) and may_change:
+            start, stop = (self.constant(x, True) for x in (leaf.start, leaf.stop))
+            return f"slice({start}, {stop}, {leaf.step})"
+        if type(leaf) is int and abs(leaf) > 1 and may_change:
+            return self.number(leaf) if leaf > 0 else f"-{self.number(-leaf)}"
         if leaf is Ellipsis:
             return "..."
         if isinstance(leaf, torch.Size):
@@ -561,25 +760,38 @@ class _Source(str):
 
 _numbers = itertools.count()
 
-#: Compiled expressions by their source; None for one that cannot be chunked.
-_PROGRAMS: dict[Any, Callable[..., Any] | None] = {}
+
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """The compiled expressions of one graph's logits. They live as long as the compiled graph.
+
+    Attributes:
+        compiler: Dynamo's compiler function for them.
+        made: By their source; None for one that cannot be chunked.
+    """
+
+    compiler: Callable[..., Any]
+    made: dict[Any, Callable[..., Any] | None] = field(default_factory=dict)
+
 
 #: Expressions that are compiled before recording is given up: each differs from all others.
 _MOST_PROGRAMS = 200
 
 
 def _evaluate(step: Step, root: Formula, needs_grad: bool) -> Any:
+    programs: Programs = root.compiler
     writer = _Writer(step.device)
     result = writer.call(step, "own")
     writer.write(f"r = {result}", step.line, step)
     writer.lines.append(("return r", step.line))
     code = "\n".join(line for line, _ in writer.lines)
     key = (code, tuple(writer.key), len(writer.inputs))
-    if key not in _PROGRAMS:
-        if len(_PROGRAMS) >= _MOST_PROGRAMS:
+    if key not in programs.made:
+        if len(programs.made) >= _MOST_PROGRAMS:
+            LOG.info("%s:%s: cannot be chunked: too many different expressions", *step.line)
             return NotImplemented
-        _PROGRAMS[key] = writer.compile(step, root.compiler)
-    run = _PROGRAMS[key]
+        programs.made[key] = writer.compile(step, programs.compiler)
+    run = programs.made[key]
     if run is None:
         return NotImplemented
     program = Program(
@@ -591,8 +803,11 @@ def _evaluate(step: Step, root: Formula, needs_grad: bool) -> Any:
     )
     try:
         results = _run(program, step, needs_grad)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        LOG.info("%s:%s: cannot be chunked: Dynamo's recompile limit is reached", *step.line)
+        return NotImplemented
     except (RefusedError, torch._dynamo.exc.Unsupported) as error:
-        _PROGRAMS[key] = None
+        programs.made[key] = None
         refusal = getattr(error, "refusal", None)
         reason = (
             f"{refusal.code}, {refusal.detail}" if refusal is not None else type(error).__name__
