@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autochunk import DeferredTensor, recording, runtime
-from autochunk.report import collect
+from autochunk.report import Report, collect
 
 VOCABULARY, HIDDEN = 512, 16
 OPTIONS = {"min_bytes": 0, "num_chunks": 3, "strict": True}
@@ -49,41 +49,62 @@ def _alive() -> tuple[int, int]:
     return len(everything), sum(issubclass(type(x), Tensor) for x in everything)
 
 
-@pytest.mark.skipif(not os.access("/proc/self/statm", os.R_OK), reason="reads Linux's /proc/self")
-def test_two_hundred_steps():
-    """The loop of the README, with a metric, changing lengths and a schedule."""
-    model = Model()
-    step = compiled(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    generator = torch.Generator().manual_seed(1)
-    measured = {}
-    with collect() as reports:
-        for i in range(200):
-            x = torch.randint(0, VOCABULARY, (2, 17 + i % 5), generator=generator)
+class Loop:
+    """The loop of the README, with changing lengths and a schedule."""
+
+    def __init__(self, compile_it: bool) -> None:
+        self.model = Model()
+        self.step = compiled(self.model) if compile_it else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.generator = torch.Generator().manual_seed(1)
+        self.done = 0
+        self.last: tuple[weakref.ref[Tensor], ...] = ()
+
+    def __call__(self, steps: int) -> list[float]:
+        losses = []
+        for i in range(self.done, self.done + steps):
+            x = torch.randint(0, VOCABULARY, (2, 17 + i % 5), generator=self.generator)
             y = x.roll(-1, 1)
-            logits = step(x) / (1 + 0.01 * (i % 20))
+            logits = self.step(x) / (1 + 0.01 * (i % 20))
             loss = F.cross_entropy(logits.view(-1, VOCABULARY), y.view(-1))
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             losses.append(loss.item())
-            assert type(logits) is DeferredTensor
-            alive = weakref.ref(loss), weakref.ref(logits)
-            del loss, logits
-            if i in (39, 119, 199):
-                frames = torch._dynamo.utils.counters["frames"]["total"]
-                graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-                kernels = len(runtime.REGIONS)
-                measured[i] = (frames, graphs, kernels, len(reports)), _alive(), _resident_bytes()
-    assert losses[-1] < losses[0]
-    (early, middle, late) = measured.values()
-    assert early[0] == middle[0] == late[0], "it was compiled again"
-    assert late[0][3] <= 6, "\n".join(map(str, reports))
-    assert all(reference() is None for reference in alive)
-    assert late[1][1] <= middle[1][1] <= early[1][1], "tensors stay alive"
-    assert late[1][0] - middle[1][0] < 40, "objects stay alive, one for each second step"
-    assert late[2] - middle[2] < 2 * MIB
+            self.last = weakref.ref(loss), weakref.ref(logits)
+        self.done += steps
+        return losses
+
+
+@pytest.mark.skipif(not os.access("/proc/self/statm", os.R_OK), reason="reads Linux's /proc/self")
+def test_two_hundred_steps():
+    expected = Loop(False)(200)
+    loop = Loop(True)
+    with collect() as reports:
+        losses = loop(60)
+        counts = [_compilations(reports)]
+        losses += loop(70)
+        counts.append(_compilations(reports))
+        objects, tensors = _alive()
+        resident = _resident_bytes()
+        losses += loop(70)
+        counts.append(_compilations(reports))
+        more_objects, more_tensors = _alive()
+        grown = _resident_bytes() - resident
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert [reference() for reference in loop.last] == [None, None]
+    assert counts[0] == counts[1] == counts[2], "it was compiled again"
+    assert counts[2][-1] <= 6, "\n".join(map(str, reports))
+    assert more_tensors <= tensors
+    assert more_objects - objects < 35, "objects stay alive, one for each second step"
+    assert grown < 2 * MIB
+
+
+def _compilations(reports: list[Report]) -> list[int]:
+    """Of Dynamo: frames and graphs; of autochunk: loops and graphs."""
+    counters = torch._dynamo.utils.counters
+    dynamo = [counters["frames"]["total"], counters["stats"]["unique_graphs"]]
+    return [*dynamo, len(runtime.REGIONS), len(reports)]
 
 
 def test_numbers_that_never_repeat(no_codegen):
