@@ -44,14 +44,15 @@ LOG = logging.getLogger("autochunk.deferred")
 
 #: Functional methods of a tensor, and functions of these names in ``torch``.
 _NAMES = """
-    abs add all any amax amin argmax argmin argsort bfloat16 clamp clamp_max clamp_min clip
-    contiguous cos cumsum detach div divide double eq erf exp expm1 expand_as flatten float ge
-    gather greater greater_equal gt half index_select isfinite isinf isnan kthvalue le less
-    less_equal log log1p log2 log_softmax logical_and logical_not logical_or logsumexp lt
-    masked_fill max maximum mean min minimum movedim mul multiply narrow ne neg norm not_equal
-    permute pow prod reciprocal relu reshape rsqrt rsub scatter select sigmoid sign sin softmax sort
-    sqrt square squeeze std sub subtract sum swapaxes t take_along_dim tanh to topk transpose
-    true_divide unflatten unsqueeze var view view_as where xlogy
+    abs add all amax amin any argmax argmin argsort bfloat16 cat clamp clamp_max clamp_min
+    clip concat contiguous cos cumsum detach div divide double eq erf exp expand_as expm1
+    flatten float gather ge greater greater_equal gt half index_select isfinite isinf isnan
+    kthvalue le less less_equal log log1p log2 log_softmax logical_and logical_not logical_or
+    logsumexp lt masked_fill max maximum mean min minimum movedim mul multiply narrow ne neg
+    norm not_equal permute pow prod reciprocal relu reshape rsqrt rsub scatter select sigmoid
+    sign sin softmax sort sqrt square squeeze stack std sub subtract sum swapaxes t
+    take_along_dim tanh to topk transpose true_divide unflatten unsqueeze var view view_as
+    where xlogy
 """.split()  # noqa: SIM905
 _OPERATORS = {
     "__getitem__": operator.getitem,
@@ -301,8 +302,9 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
         return _PIECES[func](*args, **kwargs)
     if func not in _SPELLINGS or _is_intercepted() or _writes(kwargs):
         return NotImplemented
+    if func is Tensor.__getitem__:
+        args = _positions_of_masks(*args)
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    leaves = _positions_of_masks(func, leaves)
     at = tuple(i for i, leaf in enumerate(leaves) if type(leaf) is DeferredTensor)
     if not at or not all(map(_is_usable, leaves)) or not all(_is_open(leaves[i]) for i in at):
         return NotImplemented
@@ -394,16 +396,16 @@ def _versions(leaves: Sequence[Any], deferred: Sequence[int]) -> tuple[int, ...]
     )
 
 
-def _positions_of_masks(func: Any, leaves: list[Any]) -> list[Any]:
-    """``logits[mask]`` → ``logits[mask.nonzero(as_tuple=True)]`` for a mask of one dimension."""
-    if func is not Tensor.__getitem__:
-        return leaves
-    return [
-        leaf.nonzero().squeeze(1)
-        if i and type(leaf) is Tensor and leaf.dtype == torch.bool and leaf.dim() == 1
-        else leaf
-        for i, leaf in enumerate(leaves)
-    ]
+def _positions_of_masks(x: Any, index: Any) -> tuple[Any, Any]:
+    """``logits[mask]`` → ``logits[mask.nonzero(as_tuple=True)]``: the number of rows is known."""
+    items = index if isinstance(index, tuple) else (index,)
+    found: list[Any] = []
+    for item in items:
+        if type(item) is Tensor and item.dtype == torch.bool and item.dim():
+            found += item.nonzero(as_tuple=True)
+        else:
+            found.append(item)
+    return x, tuple(found) if len(found) > len(items) or isinstance(index, tuple) else found[0]
 
 
 def _pieces(whole: Callable[..., Sequence[Any]]) -> Callable[..., Any]:

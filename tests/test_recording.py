@@ -121,6 +121,21 @@ LOSSES = {
     "temperature": (lambda z, y: _cross_entropy(z / 0.7, y), 1),
     "softcap": (lambda z, y: _cross_entropy(30 * torch.tanh(z / 30), y), 1),
     "mask": (lambda z, y: F.cross_entropy(z.view(-1, VOCABULARY)[y.view(-1) > 9], y[y > 9]), 1),
+    "mask of tokens": (lambda z, y: F.cross_entropy(z[y > 9], y[y > 9]), 1),
+    "mask of tokens, then a label": (lambda z, y: z.log_softmax(-1)[y > 9, 3].sum(), 1),
+    "mask of sequences": (lambda z, y: z[y[:, 0] >= 0, 2:].logsumexp(-1).sum(), 1),
+    "mixture": (
+        lambda z, y: (
+            torch.stack([z.log_softmax(-1), torch.zeros_like(z)]).logsumexp(0)[y > 9].sum()
+        ),
+        1,
+    ),
+    "one more class": (
+        lambda z, y: F.cross_entropy(
+            torch.cat([z, torch.zeros(2, 9, 1, dtype=z.dtype)], -1).flatten(0, 1), y.flatten()
+        ),
+        1,
+    ),
     "positions": (lambda z, y: z[:, [0, 4]].logsumexp(-1).sum(), 1),
     "index_select": (
         lambda z, y: z.view(-1, VOCABULARY).index_select(0, torch.tensor([3, 1, 4])).amax(-1).sum(),

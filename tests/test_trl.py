@@ -7,6 +7,7 @@ chunk. Where a trainer reads logits they are chunked here, and so they are where
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import math
@@ -122,21 +123,59 @@ def sft(tmp_path: Path, tokenizer: Any, model: Any, **kwargs: Any) -> Any:
 
 
 def dpo(tmp_path: Path, tokenizer: Any, model: Any, reference: Any) -> Any:
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
+    args = DPOConfig(**settings(tmp_path, max_length=20))
+    return DPOTrainer(
+        model, reference, args, train_dataset=preferences(), processing_class=tokenizer
+    )
+
+
+def preferences() -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": " ".join(WORDS[i % 3 : 5]) + " ",
+                "chosen": " ".join(WORDS[i % 5 :] * 2),
+                "rejected": " ".join(WORDS[::-1][i % 7 :] * 2),
+            }
+            for i in range(8)
+        ]
+    )
+
+
+def orpo(tmp_path: Path, tokenizer: Any, model: Any) -> Any:
+    module = pytest.importorskip("trl.experimental.orpo")
+    args = module.ORPOConfig(**settings(tmp_path, max_length=20))
+    return module.ORPOTrainer(model, args, train_dataset=preferences(), processing_class=tokenizer)
+
+
+def gkd(tmp_path: Path, tokenizer: Any, model: Any, teacher: Any) -> Any:
+    from datasets import Dataset
+
+    module = pytest.importorskip("trl.experimental.gkd")
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {% generation %}{{ m['content'] }}"
+        "{% endgeneration %}{% endfor %}"
+    )
     rows = [
         {
-            "prompt": " ".join(WORDS[i % 3 : 5]) + " ",
-            "chosen": " ".join(WORDS[i % 5 :] * 2),
-            "rejected": " ".join(WORDS[::-1][i % 7 :] * 2),
+            "messages": [
+                {"role": "user", "content": WORDS[i]},
+                {"role": "assistant", "content": " ".join(WORDS[i % 3 :][:9])},
+            ]
         }
         for i in range(8)
     ]
-    args = DPOConfig(**settings(tmp_path, max_length=20))
-    return DPOTrainer(
+    # Given answers only, and a sharp teacher.
+    args = module.GKDConfig(**settings(tmp_path, max_length=48), lmbda=0.0)
+    torch.nn.init.normal_(teacher.lm_head.weight)
+    return module.GKDTrainer(
         model,
-        reference,
+        teacher,
         args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -227,6 +266,28 @@ def test_sft_loss_outside(kwargs, programs, tmp_path, tokenizer, caplog, no_code
     assert actual.heads[0] == "deferred"
     assert len(actual.heads) == 1 + programs
     assert set(actual.heads[1:]) <= {"fused", "recompute"}
+
+
+def test_orpo(tmp_path, tokenizer, caplog, no_codegen):
+    """Log-probabilities a sequence at a time, cross entropy, and metrics: five expressions."""
+    expected = train(orpo(tmp_path, tokenizer, llama()), caplog)
+    actual = train(orpo(tmp_path, tokenizer, compiled(llama())), caplog)
+    assert_same(actual, expected)
+    assert not actual.messages, "logits were computed"
+    assert sorted(actual.heads) == [
+        *("deferred", "forward", "forward", "fused"),
+        *("recompute", "recompute"),
+    ]
+
+
+def test_gkd(tmp_path, tokenizer, caplog, no_codegen):
+    """A divergence of a student's and a teacher's logits, of the tokens in a mask."""
+    expected = train(gkd(tmp_path, tokenizer, llama(), llama(1)), caplog)
+    actual = train(gkd(tmp_path, tokenizer, compiled(llama()), compiled(llama(1))), caplog)
+    assert_same(actual, expected)
+    assert not actual.messages, "logits were computed"
+    assert actual.heads[:2] == ["deferred", "deferred"]
+    assert set(actual.heads[2:]) == {"fused"}
 
 
 def test_sft_with_the_head_of_trl(tmp_path, tokenizer, caplog, no_codegen):
