@@ -399,13 +399,23 @@ def _versions(leaves: Sequence[Any], deferred: Sequence[int]) -> tuple[int, ...]
 def _positions_of_masks(x: Any, index: Any) -> tuple[Any, Any]:
     """``logits[mask]`` → ``logits[mask.nonzero(as_tuple=True)]``: the number of rows is known."""
     items = index if isinstance(index, tuple) else (index,)
+    masks = [type(i) is Tensor and i.dtype == torch.bool and i.dim() > 0 for i in items]
+    if type(x) is not DeferredTensor or not any(masks):
+        return x, index
     found: list[Any] = []
-    for item in items:
-        if type(item) is Tensor and item.dtype == torch.bool and item.dim():
-            found += item.nonzero(as_tuple=True)
-        else:
-            found.append(item)
-    return x, tuple(found) if len(found) > len(items) or isinstance(index, tuple) else found[0]
+    for item, is_mask, dim in zip(items, masks, _dims_indexed(x.dim(), items), strict=True):
+        if is_mask and item.shape != x.shape[dim : dim + item.dim()]:
+            return x, index  # PyTorch's error
+        found += item.nonzero(as_tuple=True) if is_mask else [item]
+    return x, tuple(found)
+
+
+def _dims_indexed(n_dims: int, items: Sequence[Any]) -> list[int]:
+    """The dimension that each item of an index begins at."""
+    taken = [_dims_taken(item) for item in items]
+    rest = n_dims - sum(taken)
+    widths = [rest if i is Ellipsis else n for i, n in zip(items, taken, strict=True)]
+    return list(itertools.accumulate(widths, initial=0))[:-1]
 
 
 def _pieces(whole: Callable[..., Sequence[Any]]) -> Callable[..., Any]:
@@ -483,15 +493,13 @@ def _numbers_of(step: Step) -> set[int]:
         return set() if x.shape[dim] in features else {named["start"], named["length"]}
     if step.func is not Tensor.__getitem__:
         return set()
-    items = args[1] if isinstance(args[1], tuple) else (args[1],)
-    taken = [_dims_taken(step.leaves[i]) if isinstance(i, int) else 1 for i in items]
-    found, dim = set(), 0
-    for item, n in zip(items, taken, strict=True):
-        leaf = step.leaves[item] if isinstance(item, int) else item
-        if type(leaf) in (int, slice) and x.shape[dim] not in features:
-            found.add(item)
-        dim += x.dim() - sum(taken) if leaf is Ellipsis else n
-    return found
+    positions = args[1] if isinstance(args[1], tuple) else (args[1],)
+    items = [step.leaves[i] if isinstance(i, int) else i for i in positions]
+    return {
+        position
+        for position, item, dim in zip(positions, items, _dims_indexed(x.dim(), items), strict=True)
+        if type(item) in (int, slice) and x.shape[dim] not in features
+    }
 
 
 def _turn_of_a_loop(step: Step) -> Tensor | None:
