@@ -506,23 +506,33 @@ def _numbers_of(step: Step) -> set[int]:
         named = dict(zip(("input", "dim", "start", "length"), args, strict=False)) | kwargs
         dim = step.leaves[named["dim"]]
         return set() if x.shape[dim] in features else {named["start"], named["length"]}
-    if step.func is not Tensor.__getitem__:
-        return set()
+    return {position for position, _, item in _row_indices(step) if isinstance(item, slice)}
+
+
+def _row_indices(step: Step) -> list[tuple[int, int, Any]]:
+    """Of ``logits[…]`` the slices and numbers of rows: position of the leaf, dimension, leaf."""
+    x = step.leaves[0]
+    if step.func is not Tensor.__getitem__ or type(x) is not DeferredTensor:
+        return []
+    args, _ = pytree.tree_unflatten(range(len(step.leaves)), step.spec)
     positions = args[1] if isinstance(args[1], tuple) else (args[1],)
     items = [step.leaves[i] if isinstance(i, int) else i for i in positions]
-    return {
-        position
-        for position, item, dim in zip(positions, items, _dims_indexed(x.dim(), items), strict=True)
-        if type(item) in (int, slice) and x.shape[dim] not in features
-    }
+    dims = _dims_indexed(x.dim(), items)
+    return [
+        (position, dim, item)
+        for position, item, dim in zip(positions, items, dims, strict=True)
+        if type(item) in (int, slice) and x.shape[dim] != x._formula.root.features
+    ]
 
 
-def _turn_of_a_loop(step: Step) -> Tensor | None:
-    """The ``i`` of ``logits[i]`` as an index: all turns of a loop are one program then."""
-    x, i = step.leaves[:2]
-    if step.func is not Tensor.__getitem__ or type(i) is not int or x.shape[0] == 1:
-        return None
-    return torch.tensor([i % x.shape[0]], device=x.device)
+def _single_rows(step: Step) -> list[tuple[int, int, Tensor]]:
+    """Numbers of rows, ``i`` in ``logits[i]``, as tensors: all turns of a loop are one program."""
+    x = step.leaves[0]
+    return [
+        (position, dim, torch.tensor([item % x.shape[dim]], device=x.device))
+        for position, dim, item in _row_indices(step)
+        if type(item) is int and x.shape[dim] > 1 and (dim == 0 or abs(item) > 1)
+    ]
 
 
 def _dims_taken(index: Any) -> int:
@@ -711,9 +721,9 @@ class _Writer:
     def call(self, step: Step, tensors: str) -> str:
         numbers = _numbers_of(step)
         given = list(step.leaves)
-        turn = _turn_of_a_loop(step) if 1 in numbers else None
-        if turn is not None:
-            given[1] = 0
+        single = _single_rows(step)
+        for position, _, _ in single:
+            given[position] = 0
         leaves = [
             self.deferred(leaf)
             if type(leaf) is DeferredTensor
@@ -724,8 +734,8 @@ class _Writer:
             else self.constant(leaf, i in numbers)
             for i, leaf in enumerate(given)
         ]
-        if turn is not None:
-            leaves[0] = f"{leaves[0]}.index_select(0, {self.tensor(turn, 'other')})"
+        for _, dim, index in single:
+            leaves[0] = f"{leaves[0]}.index_select({dim}, {self.tensor(index, 'other')})"
         args, kwargs = pytree.tree_unflatten([_Source(leaf) for leaf in leaves], step.spec)
         written = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
         spelling = _SPELLINGS[step.func]

@@ -76,10 +76,11 @@ def main() -> int:
     find_gguf()  # complain once, not in every child
     rows, failed = [], []
     for name in args.only or TRAINERS:
-        print(f"{TRAINERS[name].title} …", file=sys.stderr)
+        print(f"{TRAINERS[name].title} …", file=sys.stderr, flush=True)
         row, failures = compare(name)
         rows.append(row)
         failed += failures
+        print(f"    {', '.join(row[1:])}", file=sys.stderr, flush=True)
     headers = [
         *("trainer", "losses\ndiffer by", "gradient norms\ndiffer by"),
         *("inductor,\nMiB", "autochunk,\nMiB", "ratio", "heads"),

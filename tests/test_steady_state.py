@@ -146,12 +146,24 @@ def _each_with_its_length(z: Tensor, y: Tensor, n: int) -> Tensor:
     return sum(F.cross_entropy(z[i, : n + i], y[i, : n + i]) for i in range(len(y)))
 
 
+def _position(z: Tensor, y: Tensor, n: int) -> Tensor:
+    return z[:, n].logsumexp(-1).mean() + z[1:, -n, :].amax(-1).sum()
+
+
+def _rows_in_a_mask(z: Tensor, y: Tensor, n: int) -> Tensor:
+    return F.cross_entropy(z[y > 20 * n], y[y > 20 * n])
+
+
 def _loop(z: Tensor, y: Tensor, n: int) -> Tensor:
     return torch.stack([sequence.logsumexp(-1) for sequence in z]).mean()
 
 
 @pytest.mark.parametrize(
-    "loss", [_tokens, _last, _first, _completions, _each, _each_with_its_length, _loop]
+    "loss",
+    [
+        *(_tokens, _last, _first, _completions, _position, _rows_in_a_mask),
+        *(_each, _each_with_its_length, _loop),
+    ],
 )
 def test_lengths_that_change(loss, no_codegen):
     """Sizes and positions are inputs of an expression; there is not one program for each."""
