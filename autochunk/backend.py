@@ -25,6 +25,7 @@ from autochunk.config import OptionError, Options
 from autochunk.deferred import defer, no_saved_tensors_hooks
 from autochunk.donation import donation_aware
 from autochunk.embedding import embedding_gradients
+from autochunk.entering import enter
 from autochunk.find import AMPLIFY, find, op_name, source_line
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower
@@ -74,11 +75,21 @@ def autochunk(
         RefusedError: where a rewrite is ``required`` and not possible.
         Exception: what failed in a rewrite, with ``strict``.
     """
-    return _compile(gm, example_inputs, options=Options.parse(options, mode), required=required)
+    parsed = Options.parse(options, mode)
+    entered = enter(gm, functools.partial(_compile, options=parsed))
+    if entered is not None:
+        return entered
+    amplify = 1 if required else AMPLIFY
+    return _compile(gm, example_inputs, options=parsed, required=required, amplify=amplify)
 
 
 def _compile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Options, required: bool
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Options,
+    required: bool,
+    amplify: float = AMPLIFY,
 ) -> Callable[..., Any]:
     parsed = options
     graph = next_graph()
@@ -86,7 +97,7 @@ def _compile(
         # Anomaly detection looks for nan in each gradient, which a traced one cannot answer; a
         # checkpoint around the compiled function must not count what tracing saves.
         with torch.autograd.set_detect_anomaly(False), no_saved_tensors_hooks():
-            made = _rewrite(gm, parsed, graph, required)
+            made = _rewrite(gm, parsed, graph, required, amplify)
         if required:
             _raise_refusal(made.report)
         compiled = made.compile(example_inputs, parsed)
@@ -122,7 +133,9 @@ class _Made:
         if self.rewritten is None:
             return _inductor(self.original, example_inputs, options)
         compiled = _inductor_with_regions(self.rewritten.gm, example_inputs, options)
-        again = functools.partial(_compile, options=replace(options, min_bytes=0), required=True)
+        again = functools.partial(
+            _compile, options=replace(options, min_bytes=0), required=True, amplify=1
+        )
         return _Compiled(compiled, self.rewritten, again)
 
 
@@ -148,8 +161,10 @@ def _raise_refusal(report: Report) -> None:
             raise RefusedError(worst)
 
 
-def _rewrite(gm: fx.GraphModule, options: Options, number: int, required: bool) -> _Made:
-    candidates, refused = find(gm, options.min_bytes, 1 if required else AMPLIFY)
+def _rewrite(
+    gm: fx.GraphModule, options: Options, number: int, required: bool, amplify: float
+) -> _Made:
+    candidates, refused = find(gm, options.min_bytes, amplify)
     refusals: dict[str, Refusal] = {c.name: r for c, r in refused}
     every = [*candidates, *(c for c, _ in refused)]
     for candidate in candidates:

@@ -143,11 +143,16 @@ def loop(args):
     labels = ids.roll(-1, 1)
     compiled = {name: torch.compile(net, backend=name) for name in ("inductor", "autochunk")}
 
-    def step(name):
-        logits = compiled[name](input_ids=ids).logits
+    def loss(logits):
         return F.cross_entropy(logits.view(-1, args.vocabulary), labels.view(-1))
 
-    return {name: (lambda name=name: step(name)) for name in compiled}, list(net.parameters())
+    compiled_loss = torch.compile(loss, backend="autochunk")
+    steps = {
+        "inductor": lambda: loss(compiled["inductor"](input_ids=ids).logits),
+        "autochunk": lambda: loss(compiled["autochunk"](input_ids=ids).logits),
+        "autochunk, loss compiled": lambda: compiled_loss(compiled["autochunk"](ids).logits),
+    }
+    return steps, list(net.parameters())
 
 
 def synchronize(device: str) -> None:
