@@ -33,6 +33,7 @@ from autochunk.plan import plan
 from autochunk.report import Report, Row, next_graph, publish, write_debug
 from autochunk.rewrite import Rewritten, Scheduled, rewrite
 from autochunk.tail import cotangents, differentiable_outputs
+from autochunk.twin import with_twin
 from autochunk.types import (
     Candidate,
     Cotangents,
@@ -161,19 +162,35 @@ def _raise_refusal(report: Report) -> None:
             raise RefusedError(worst)
 
 
-def _rewrite(
-    gm: fx.GraphModule, options: Options, number: int, required: bool, amplify: float
-) -> _Made:
+@dataclass(frozen=True)
+class _Analysis:
+    """What became of each head of a graph.
+
+    Attributes:
+        gm: The graph that was analysed: Dynamo's, or one with twins (``twin.py``).
+        every: All candidates.
+        refusals: Those that are left alone.
+        lowered, lifted, scheduled: Of the others; None and empty if there are none.
+        twins: Heads whose columns have a product of their own.
+    """
+
+    gm: fx.GraphModule
+    every: tuple[Candidate, ...]
+    refusals: Mapping[str, Refusal]
+    lowered: Lowered | None
+    lifted: Lifted | None
+    scheduled: Sequence[Scheduled]
+    twins: frozenset[str] = frozenset()
+
+
+def _analyse(gm: fx.GraphModule, options: Options, required: bool, amplify: float) -> _Analysis:
     candidates, refused = find(gm, options.min_bytes, amplify)
     refusals: dict[str, Refusal] = {c.name: r for c, r in refused}
-    every = [*candidates, *(c for c, _ in refused)]
+    every = (*candidates, *(c for c, _ in refused))
     for candidate in candidates:
         refusal = refuse_to_lower(gm.graph, candidate)
         if refusal is not None:
             refusals[candidate.name] = refusal
-    lowered: Lowered | None = None
-    lifted: Lifted | None = None
-    scheduled: list[Scheduled] = []
     # Each round lowers the heads that are still in; a refusal starts another without that head.
     while kept := [c for c in candidates if c.name not in refusals]:
         lowered = lower(gm.graph, kept)
@@ -182,13 +199,36 @@ def _rewrite(
         if not found:
             scheduled, found = _schedule(lowered, lifted, options)
         if not found:
-            break
+            return _Analysis(gm, every, refusals, lowered, lifted, scheduled)
         refusals.update(found)
+    return _Analysis(gm, every, refusals, None, None, ())
+
+
+def _with_twins(analysis: _Analysis, options: Options, required: bool, amplify: float) -> _Analysis:
+    """The analysis with twins of the heads that mix rows, where that is better."""
+    for name, refusal in analysis.refusals.items():
+        gm = with_twin(analysis.gm, name) if refusal.code == "mixes-rows" else None
+        if gm is not None:
+            again = _analyse(gm, options, required, amplify)
+            if len(again.refusals) < len(analysis.refusals):
+                again = replace(again, twins=analysis.twins | {name})
+                return _with_twins(again, options, required, amplify)
+    return analysis
+
+
+def _rewrite(
+    gm: fx.GraphModule, options: Options, number: int, required: bool, amplify: float
+) -> _Made:
+    analysis = _analyse(gm, options, required, amplify)
+    analysis = _with_twins(analysis, options, required, amplify)
+    lowered, lifted, scheduled = analysis.lowered, analysis.lifted, analysis.scheduled
     rewritten: Rewritten | None = None
     stages: list[tuple[str, str]] = [("dynamo", _readable(gm))]
-    if kept and lowered is not None and lifted is not None:
+    if lowered is not None and lifted is not None:
         loops = [_loop(item, options) for item in scheduled]
-        rewritten = rewrite(gm, lowered, lifted, scheduled)
+        rewritten = rewrite(analysis.gm, lowered, lifted, scheduled)
+        if analysis.gm is not gm:
+            stages.append(("twins", _readable(analysis.gm)))
         stages.append(("lowered", _readable(lowered.graph)))
         for item, loop in zip(scheduled, loops, strict=True):
             stages.append((f"{item.region.name}_body", _readable(item.region.body)))
@@ -200,9 +240,9 @@ def _rewrite(
                     stages.append((f"{item.region.name}_{name}", kernel.graph))
         stages.append(("rewritten", _readable(rewritten.gm)))
     directory = ""
-    if options.debug is not None and every:
+    if options.debug is not None and analysis.every:
         directory = write_debug(options.debug, number, stages)
-    rows = [_row(c, refusals.get(c.name), lowered, lifted, scheduled) for c in every]
+    rows = [_row(candidate, analysis) for candidate in analysis.every]
     return _Made(gm, rewritten, Report(number, tuple(rows), directory=directory))
 
 
@@ -343,13 +383,9 @@ class _Compiled:
         return outputs
 
 
-def _row(
-    candidate: Candidate,
-    refusal: Refusal | None,
-    lowered: Lowered | None,
-    lifted: Lifted | None,
-    scheduled: Sequence[Scheduled],
-) -> Row:
+def _row(candidate: Candidate, analysis: _Analysis) -> Row:
+    refusal = analysis.refusals.get(candidate.name)
+    lowered, lifted, scheduled = analysis.lowered, analysis.lifted, analysis.scheduled
     val = candidate.node.meta["example_value"]
     dtype = str(val.dtype).removeprefix("torch.")
     rows = "×".join(str(s) for s in val.shape[:-1])
@@ -367,6 +403,8 @@ def _row(
     notes = []
     if len(mine) > 1:
         notes.append(f"its rows are selected in {len(mine)} ways; the product runs once for each")
+    if candidate.name in analysis.twins:
+        notes.append("its columns are reduced, too; the product runs once more for them")
     if any(_deferred_from(node, candidate, lowered) for node in lifted.deferred):
         also = "also" if mine else "only"
         notes.append(f"the logits are {also} returned: deferred until somebody uses them")

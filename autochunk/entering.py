@@ -23,17 +23,10 @@ from torch import Tensor, fx
 
 from autochunk.deferred import DeferredTensor
 from autochunk.evaluation import evaluate
-from autochunk.find import is_grad_function, is_inplace, op_name, source_line
+from autochunk.find import is_grad_function, is_inplace, is_random, op_name, source_line
 from autochunk.steps import is_intercepted, is_open, record
 
 LOG = logging.getLogger("autochunk.deferred")
-
-#: Computing them twice gives another result.
-_RANDOM = """
-    alpha_dropout bernoulli dropout dropout1d dropout2d dropout3d feature_alpha_dropout
-    feature_dropout gumbel_softmax multinomial normal poisson rand rand_like randint randint_like
-    randn randn_like randperm rrelu scaled_dot_product_attention
-""".split()  # noqa: SIM905
 
 
 def enter(gm: fx.GraphModule, compiler: Callable[..., Any]) -> Entered | None:
@@ -72,7 +65,7 @@ def _refusal(gm: fx.GraphModule) -> str | None:
             return f"{name} is an attribute"
         if name.endswith("_increment_nesting"):
             return f"inside of a torch.func transform, {source_line(node)}"
-        if name in _RANDOM:
+        if is_random(node):
             return f"{name} may be random, {source_line(node)}"
         if is_inplace(node):
             return f"{name} writes to a tensor, {source_line(node)}"
