@@ -3,8 +3,8 @@
 The rule, for values and for each gradient: the error against float64 may be twice that of the
 unchunked run in the same dtype, plus a floor of a few roundings. The floor is relative to the
 value's norm, with a hundredth of a unit for each element: what cancels to nearly zero has none.
-Roundings do not average out in a single number (the unchunked one is exact by luck, or off by a unit
-in the last place): its floor is twice that of a large tensor.
+Roundings do not average out in a single number (the unchunked one may be exact by luck): its floor
+is twice that of a large tensor.
 """
 
 from __future__ import annotations
