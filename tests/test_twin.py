@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from compare import check, run, widened
 
 import autochunk
+from autochunk import DeferredTensor
 
 N, M, H = 20, 40, 4
 OPTIONS = {"min_bytes": 0, "num_chunks": 3, "strict": True}
@@ -104,3 +105,35 @@ def test_bfloat16():
     check(
         run(compiled, inputs), run(function, inputs), run(function, widened(inputs)), torch.bfloat16
     )
+
+
+def test_hugging_face_clip():
+    """It returns the logits of both directions, too: they are deferred."""
+    transformers = pytest.importorskip("transformers")
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.CLIPConfig(
+        text_config={**tower, "vocab_size": 100, "eos_token_id": 2, "bos_token_id": 1},
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )
+    model = transformers.CLIPModel(config)
+    ids, pixels = torch.randint(3, 100, (96, 8)), torch.randn(96, 3, 16, 16)
+    batch = {"input_ids": ids, "pixel_values": pixels, "return_loss": True}
+    results = []
+    for function in (model, torch.compile(model, backend="autochunk", options=OPTIONS)):
+        model.zero_grad()
+        out = function(**batch)
+        out.loss.backward()
+        # The keys' biases have a gradient of zero, and roundings.
+        gradients = [p.grad for n, p in model.named_parameters() if "k_proj.bias" not in n]
+        results.append([out.loss.detach(), *gradients, out])
+    *ours, returned = results[1]
+    *theirs, expected = results[0]
+    assert type(returned.logits_per_text) is type(returned.logits_per_image) is DeferredTensor
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(returned.logits_per_image + 0, expected.logits_per_image)
