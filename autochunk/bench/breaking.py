@@ -43,7 +43,8 @@ def break_points(
             def probe(size: int, case: Case = case, variant: Variant = variant) -> Probe:
                 progress.show(f"{variant}, {dimension} {size}")
                 tried = try_size(case, variant, dimension, size, limit_bytes, plan.timeout_seconds)
-                progress.advance(f"{variant}, {dimension} {size}: {tried.outcome} {tried.reason}")
+                said = f"{variant}, {dimension} {size}: {tried.outcome} {tried.reason}"
+                progress.advance(said.rstrip())
                 return tried
 
             found = search(probe, first_guess(case, dimension, limit_bytes), wanted.granularity)

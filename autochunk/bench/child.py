@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import sys
 import threading
@@ -151,6 +152,8 @@ def _prepare(
                 first = time.perf_counter() - begin
     if any(leaf.grad is None for leaf in problem.leaves):
         raise RuntimeError("it left a gradient out")
+    if not math.isfinite(loss.item()):
+        raise RuntimeError(f"the loss is {loss.item()}")
     said = note(variant.method, reports)
     emit("warm", variant=str(variant), loss=loss.item(), first_seconds=first, note=said)
     if reference is not None:

@@ -159,9 +159,11 @@ class _Listener:
             self.progress.show(f"{variant}, {case.title}")
             return
         if kind == "warm":
-            before = self.results.rows[case, variant].note
-            note = "; ".join(dict.fromkeys(filter(None, (before, event.pop("note")))))
-            self.results.change(case, variant, note=note, **event)
+            row = self.results.rows[case, variant]
+            note = "; ".join(dict.fromkeys(filter(None, (row.note, event["note"]))))
+            # A later process finds in a cache what the first one has compiled.
+            first = row.first_seconds or event["first_seconds"]
+            self.results.change(case, variant, note=note, first_seconds=first, loss=event["loss"])
             self.progress.advance()
         elif kind == "errors":
             self.results.change(case, variant, errors=event)
