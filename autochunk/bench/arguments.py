@@ -18,7 +18,7 @@ from autochunk.bench.losses import LOSSES
 from autochunk.bench.measure import Plan
 from autochunk.bench.memory import peak_is_readable
 from autochunk.bench.methods import METHODS, read_variant
-from autochunk.bench.suite import SUITE_SECONDS, shrunk, suite
+from autochunk.bench.suite import SUITE_SECONDS, SUITE_SILENCE_SECONDS, shrunk, suite
 from autochunk.config import OptionError, parse_bytes
 
 Work = tuple[tuple[Case, tuple[Variant, ...]], ...]
@@ -86,7 +86,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Settings
         repeats=args.repeats or (10 if args.suite else _DEFAULTS[device].repeats),
         warmup=args.warmup,
         accuracy=not (args.no_accuracy or args.suite),
-        timeout_seconds=args.timeout,
+        timeout_seconds=args.timeout or (SUITE_SILENCE_SECONDS if args.suite else 600.0),
         shared=bool(args.suite),
         deadline=time.time() + limit if limit else None,
     )

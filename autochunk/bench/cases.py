@@ -40,7 +40,7 @@ class Case:
     def title(self) -> str:
         """As ``"2048 tokens × 512 hidden × 128256 words, bfloat16, cross_entropy"``."""
         sizes = f"{self.tokens} tokens × {self.hidden} hidden × {self.vocabulary} words"
-        layers = f", {self.layers} layers" if self.layers else ""
+        layers = f", {self.layers} layer{'s' * (self.layers > 1)}" if self.layers else ""
         name = f"{self.name}: " if self.name else ""
         return f"{name}{sizes}{layers}, {self.dtype}, {self.loss}, {self.device}"
 

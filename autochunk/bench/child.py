@@ -109,6 +109,7 @@ def measure(job: Job, emit: Emit, deadline: float | None = None) -> None:
             calls[variant] = _prepare(problem, variant, job, reference, emit)
         except Exception as error:  # whatever a method raises is a row of the table
             _fail(variant, error, emit)
+        problem.clear()
         free(problem.device)
     gc.freeze()  # what has been compiled stays; collecting is fast without it
     for turn in range(job.repeats):

@@ -33,6 +33,8 @@ from autochunk.bench.results import LATE, Results
 
 #: Float64 gradients are computed where they and what they are computed from fit into this.
 REFERENCE_BYTES = 2**31
+#: What was begun before the time limit may go on for so long.
+_GRACE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Plan:
     timeout_seconds: float = 600.0
     shared: bool = False
     deadline: float | None = None
+
+    @property
+    def until(self) -> float | None:
+        """Time at which what is still running is ended."""
+        return None if self.deadline is None else self.deadline + _GRACE_SECONDS
 
     @property
     def late(self) -> bool:
@@ -177,11 +184,14 @@ class _Listener:
         elif kind == "failed":
             self.results.change(case, variant, status="failed", reason=event["reason"])
 
-    def died(self, end: End) -> None:
+    def died(self, end: End, late: bool) -> None:
         """Blames the variant that was running; or all, if none had begun."""
         blamed = [self.busy] if self.busy is not None else self.results.pending(self.job.case)
         for variant in blamed:
-            self.results.change(self.job.case, variant, status="failed", reason=end.reason)
+            if end.timed_out and late:
+                self.results.change(self.job.case, variant, status="not run", reason=LATE)
+            else:
+                self.results.change(self.job.case, variant, status="failed", reason=end.reason)
 
     def remaining(self) -> list[Job]:
         """What another process has to do: the job it died in, without the failed, and the rest."""
@@ -220,9 +230,9 @@ def _run(
             "jobs": [job.to_json() for job in jobs],
             "deadline": plan.deadline,
         }
-        end = run_child(order, listener.hear, plan.timeout_seconds, environment)
+        end = run_child(order, listener.hear, plan.timeout_seconds, environment, plan.until)
         if end.complete:
             return
-        listener.died(end)
+        listener.died(end, plan.late)
         jobs = listener.remaining()
         results.save()

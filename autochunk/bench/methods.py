@@ -195,7 +195,7 @@ def note(name: str, reports: Sequence[Report]) -> str:
     found = []
     for report in reports:
         found += [f"{row.strategy}, {row.chunks} rows" for row in report.chunked]
-        found += [f"left alone: {row.refusal.code}" for row in report.refused if row.refusal]
     if name == "autochunk" and not found:
-        return "no head was found"
+        codes = [row.refusal.code for report in reports for row in report.refused if row.refusal]
+        found = [f"left alone: {code}" for code in codes] or ["no head was found"]
     return "; ".join(dict.fromkeys(found))

@@ -59,9 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--timeout",
         type=float,
-        default=600,
         metavar="SECONDS",
-        help="ends a child process that is silent for so long (%(default)g)",
+        help="ends a child process that is silent for so long (600; suite: 180)",
     )
     how.add_argument("--time-limit", type=float, metavar="SECONDS", help="begins nothing after it")
     what = parser.add_argument_group("instead of, or next to, the table")

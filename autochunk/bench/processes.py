@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ def run_child(
     hear: Callable[[dict[str, Any]], None],
     timeout_seconds: float,
     environment: Mapping[str, str],
+    until: float | None = None,
 ) -> End:
     """Runs ``autochunk.bench.child`` to its end.
 
@@ -46,6 +48,7 @@ def run_child(
         hear: Called with each event.
         timeout_seconds: A child that says nothing for so long is ended.
         environment: Added to this process's own.
+        until: Time (as ``time.time``) at which the child is ended in any case.
     """
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
@@ -63,7 +66,7 @@ def run_child(
         wait_seconds = 0.0
         try:
             _tell(child, json.dumps(order))
-            while not complete and (line := lines.get(timeout=timeout_seconds)):
+            while not complete and (line := lines.get(timeout=_wait(timeout_seconds, until))):
                 event = json.loads(line)
                 complete = event["event"] == "end"
                 hear(event)
@@ -78,6 +81,10 @@ def run_child(
             return End(False, f"no answer within {timeout_seconds:g} s", timed_out=True)
         errors.seek(0)
         return _ended(child.returncode, errors.read())
+
+
+def _wait(timeout_seconds: float, until: float | None) -> float:
+    return timeout_seconds if until is None else max(min(timeout_seconds, until - time.time()), 0)
 
 
 def _tell(child: subprocess.Popen[str], line: str) -> None:
