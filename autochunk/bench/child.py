@@ -92,6 +92,7 @@ def measure(job: Job, emit: Emit, deadline: float | None = None) -> None:
             ``floor`` and ``time``.
         deadline: Time (as ``time.time``) after which nothing new is begun.
     """
+    gc.freeze()  # what is imported and compiled stays; collecting is fast without it
     try:
         problem = make(job.case)
     except Exception as error:
@@ -111,7 +112,7 @@ def measure(job: Job, emit: Emit, deadline: float | None = None) -> None:
             _fail(variant, error, emit)
         problem.clear()
         free(problem.device)
-    gc.freeze()  # what has been compiled stays; collecting is fast without it
+    gc.freeze()
     for turn in range(job.repeats):
         if not calls or (deadline is not None and time.time() > deadline):
             break
