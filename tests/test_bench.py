@@ -325,12 +325,12 @@ def test_what_was_measured_survives_ctrl_c(monkeypatch, tmp_path, capsys):
     data = json.loads(path.read_text())
     assert data["finished"] is False
     assert data["command"].startswith("autochunk bench --vocabulary 640")
-    assert (data["rows"][0]["status"], data["rows"][0]["reason"]) == ("not run", "interrupted")
+    assert data["rows"][0]["status"] == "interrupted"
     assert data["rows"][0]["additional_bytes"] == [7]
     assert data["rows"][0]["seconds"] == [1.0]
     assert data["rows"][1]["reason"] == "not installed (pip install liger-kernel)"
     out = capsys.readouterr()
-    assert "NOT RUN: interrupted" in out.out
+    assert "INTERRUPTED: not all steps were done" in out.out
     assert "interrupted; what was measured before is above" in out.err
     assert list(tmp_path.iterdir()) == [path]
 

@@ -157,7 +157,9 @@ class _Listener:
                 self.results.append(case, variant, floor_seconds=event["seconds"])
         elif kind != "end":
             self._hear(kind, case, Variant.split(event.pop("variant")), event)
-        if kind not in ("begin", "time", "floor"):
+        if kind in ("begin", "time", "floor"):
+            self.results.save_soon()
+        else:
             self.results.save()
 
     def _hear(self, kind: str, case: Case, variant: Variant, event: dict[str, Any]) -> None:

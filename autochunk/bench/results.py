@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ class Row:
     Attributes:
         case: What was measured.
         variant: With what.
-        status: ``pending``, ``measured``, ``unavailable``, ``failed`` or ``not run``.
-        reason: Of the last three, in a few words.
+        status: ``pending``, ``measured``, ``unavailable``, ``failed``, ``interrupted`` or
+            ``not run``.
+        reason: Of the last four, in a few words.
         seconds: Of each timed step, by round.
         floor_seconds: Of the bare matrix products in the same rounds (None where not known).
         additional_bytes: Peak of each step above what was held before it.
@@ -99,6 +101,7 @@ class Results:
         self.rows: dict[tuple[Case, Variant], Row] = {}
         self.points: list[BreakingPoint] = []
         self.path = path
+        self.saved = 0.0
 
     def add(self, case: Case, variant: Variant, reason: str = "") -> None:
         """A row for a variant, unavailable if there is a reason."""
@@ -138,13 +141,22 @@ class Results:
     def interrupt(self) -> None:
         """Says of all that is still pending that it was not finished."""
         for case, variant in list(self.rows):
-            if self.rows[case, variant].status == "pending":
+            row = self.rows[case, variant]
+            if row.status == "pending" and row.loss is None:
                 self.change(case, variant, status="not run", reason="interrupted")
+            elif row.status == "pending":
+                self.change(case, variant, status="interrupted", reason="not all steps were done")
+
+    def save_soon(self) -> None:
+        """As ``save``, but not more than once in two seconds."""
+        if time.monotonic() - self.saved > 2:
+            self.save()
 
     def save(self, finished: bool = False) -> None:
         """Writes the JSON file; an interrupted write leaves the previous one."""
         if self.path is None:
             return
+        self.saved = time.monotonic()
         data = {
             "schema": SCHEMA,
             "finished": finished,
