@@ -110,13 +110,12 @@ def listing(device: str) -> str:
 
 
 def _number(value: float | None, scale: float) -> str:
-    return (
-        ""
-        if value is None
-        else f"{value * scale:.3g}"
-        if value * scale < 100
-        else f"{value * scale:.0f}"
-    )
+    """Three significant digits, and no fewer than the integer ones."""
+    if value is None:
+        return ""
+    scaled = value * scale
+    decimals = 0 if scaled >= 100 else 1 if scaled >= 10 else 2 if scaled >= 1 else 3
+    return f"{scaled:.{decimals}f}"
 
 
 def _spread(summary: Summary, scale: float) -> str:
