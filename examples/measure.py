@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 
+from autochunk.bench.memory import MIB, PeakMemory
+
 
 def main() -> int:
     """Measures and prints; returns the exit status."""
@@ -42,18 +44,19 @@ def main() -> int:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, list[float]] = {name: [] for name in steps}
     results: dict[str, tuple[float, float]] = {}
+    memory = PeakMemory(torch.device(args.device))
     for repeat in range(args.steps + 1):  # the first compiles
         for name, step in steps.items():
             for parameter in parameters:
                 parameter.grad = None
-            base = start_peak(args.device)
+            memory.start()
             begin = time.perf_counter()
             loss = step()
             loss.backward()
             synchronize(args.device)
             if repeat:
                 seconds[name].append(time.perf_counter() - begin)
-                peaks[name].append(read_peak(args.device) - base)
+                peaks[name].append(memory.stop()[0] / MIB)
             norm = parameters[0].grad.float().norm().item()
             results[name] = (loss.item(), norm)
             del loss
@@ -159,30 +162,6 @@ def synchronize(device: str) -> None:
     """Waits for the device."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-def start_peak(device: str) -> float:
-    """MiB held now; the peak is counted from here on."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return _status("VmRSS")
-
-
-def read_peak(device: str) -> float:
-    """MiB at the peak."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    return _status("VmHWM")
-
-
-def _status(key: str) -> float:
-    with open("/proc/self/status") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields[key].split()[0]) / 2**10
 
 
 if __name__ == "__main__":
