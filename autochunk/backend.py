@@ -26,6 +26,7 @@ from autochunk.deferred import defer, no_saved_tensors_hooks
 from autochunk.donation import donation_aware
 from autochunk.embedding import embedding_gradients
 from autochunk.entering import enter
+from autochunk.evaluation import Programs
 from autochunk.find import AMPLIFY, find, op_name, source_line
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower
@@ -137,7 +138,7 @@ class _Made:
         again = functools.partial(
             _compile, options=replace(options, min_bytes=0), required=True, amplify=1
         )
-        return _Compiled(compiled, self.rewritten, again)
+        return _Compiled(compiled, self.rewritten, Programs(again))
 
 
 def _inductor(
@@ -352,7 +353,7 @@ class _Compiled:
 
     compiled: Callable[..., Any]
     rewritten: Rewritten
-    compiler: Callable[..., Any]
+    programs: Programs
 
     def __call__(self, *args: Any) -> Any:
         results = self.compiled(*args)
@@ -376,7 +377,7 @@ class _Compiled:
                 strides=[take(stride) for stride in deferral.strides],
                 val=deferral.val,
                 requires_grad=deferral.needs_grad,
-                compiler=self.compiler,
+                compiler=self.programs,
             )
             for position in deferral.positions:
                 outputs[position] = tensor

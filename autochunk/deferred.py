@@ -52,7 +52,7 @@ def defer(
     strides: Sequence[int],
     val: Tensor,
     requires_grad: bool,
-    compiler: Callable[..., Any] | None = None,
+    compiler: Any = None,
 ) -> DeferredTensor:
     """A deferred tensor.
 
@@ -62,16 +62,17 @@ def defer(
         shape, strides: Of the value.
         val: A fake tensor with its dtype and device.
         requires_grad: Whether the value has a gradient.
-        compiler: Compiles functions of the logits (``recording.py``); None: they are computed.
+        compiler: Compiles functions of the logits (``recording.Programs``); None: they are
+            computed.
     """
-    formula = Formula(graph, inputs, requires_grad, shape, val.device.type, compiler)
+    formula = Formula(graph, inputs, requires_grad, shape, val, compiler)
     return make(formula, shape, strides, val, requires_grad)
 
 
 def make(
-    formula: Any, shape: Sequence[int], strides: Sequence[int], val: Tensor, requires_grad: bool
+    formula: Any, shape: Sequence[int], strides: Sequence[int], val: Any, requires_grad: bool
 ) -> DeferredTensor:
-    """A deferred tensor with a formula."""
+    """A deferred tensor with a formula; ``val`` has its dtype and device."""
     with torch.set_grad_enabled(requires_grad):
         plain = _Deferred.apply(formula, tuple(shape), val, *formula.tensors)
         return _Identity.apply(plain, formula, tuple(strides))
@@ -248,7 +249,7 @@ class Formula:
             for the value's own graph and once more for the whole.
         recorded: The value's own graph, until a backward pass has used it up.
         root: Itself.
-        numel, features, device: Of the value; its last dimension; the device's type.
+        shape, dtype, device: Of the value; of the device its type.
         compiler: Compiles functions of the value, or None.
         seen: Whether the value has been looked at: its gradient may be asked for.
     """
@@ -259,11 +260,11 @@ class Formula:
         inputs: Sequence[Any],
         requires_grad: bool,
         shape: Sequence[int],
-        device: str,
-        compiler: Callable[..., Any] | None,
+        val: Tensor,
+        compiler: Any,
     ) -> None:
         self.graph = graph
-        self.numel, self.features, self.device = prod(shape), shape[-1], device
+        self.shape, self.dtype, self.device = tuple(shape), val.dtype, val.device.type
         self.compiler = compiler
         self.seen = False
         self.inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
@@ -276,6 +277,14 @@ class Formula:
     @property
     def root(self) -> Formula:
         return self
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def features(self) -> int:
+        return self.shape[-1]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -380,7 +389,7 @@ class _Deferred(torch.autograd.Function):
     """``plain``, yet to be filled, as a function of the formula's tensors."""
 
     @staticmethod
-    def forward(ctx: Any, formula: Formula, shape: Any, val: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, formula: Formula, shape: Any, val: Any, *tensors: Tensor) -> Tensor:
         ctx.formula = formula
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)

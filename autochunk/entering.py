@@ -22,7 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from autochunk.deferred import DeferredTensor
-from autochunk.evaluation import evaluate
+from autochunk.evaluation import Programs, evaluate
 from autochunk.find import is_grad_function, is_inplace, is_random, op_name, source_line
 from autochunk.steps import is_intercepted, is_open, record
 
@@ -113,7 +113,7 @@ class Entered:
 
     def __init__(self, function: Callable[..., Any], compiler: Callable[..., Any]) -> None:
         self._function = function
-        self._whole = functools.partial(compiler, required=True)
+        self._programs = Programs(functools.partial(compiler, required=True))
         alone = functools.partial(compiler, required=False)
         self._alone = torch.compile(function, backend=alone, fullgraph=True)
 
@@ -136,4 +136,4 @@ class Entered:
         leaves, spec = pytree.tree_flatten((args, {}))
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         step = record(self._function, self._function, leaves, spec, (float, int))
-        return evaluate(step, self._whole, needs_grad)
+        return evaluate(step, self._programs, needs_grad)

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from autochunk.deferred import DeferredTensor, Formula, no_saved_tensors_hooks
-from autochunk.steps import Step, StepFormula, edge, gradients, modes_of_backward
+from autochunk.steps import (
+    Step,
+    StepFormula,
+    edge,
+    gradients,
+    modes_of_backward,
+    numbers_of,
+    turn_of_a_loop,
+)
 from autochunk.types import RefusedError
 
 LOG = logging.getLogger("autochunk.deferred")
@@ -96,6 +104,11 @@ class _Writer:
         return result
 
     def call(self, step: Step, tensors: str) -> str:
+        numbers = numbers_of(step)
+        given = list(step.leaves)
+        turn = turn_of_a_loop(step) if 1 in numbers else None
+        if turn is not None:
+            given[1] = 0
         leaves = [
             self.deferred(leaf)
             if type(leaf) is DeferredTensor
@@ -103,19 +116,26 @@ class _Writer:
             if isinstance(leaf, Tensor)
             else self.number(leaf)
             if type(leaf) in step.numbers
-            else self.constant(leaf)
-            for leaf in step.leaves
+            else self.constant(leaf, i in numbers)
+            for i, leaf in enumerate(given)
         ]
+        if turn is not None:
+            leaves[0] = f"{leaves[0]}.index_select(0, {self.tensor(turn, 'other')})"
         args, kwargs = pytree.tree_unflatten([_Source(leaf) for leaf in leaves], step.spec)
-        given = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
+        written = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
         spelling = step.spelling
         if isinstance(spelling, str):
-            return f"{given[0]}.{spelling}({', '.join(given[1:])})"
+            return f"{written[0]}.{spelling}({', '.join(written[1:])})"
         name = f"f_{getattr(spelling, '__name__', 'graph').strip('_<>')}{id(spelling)}"
         self.names[name] = spelling
-        return f"{name}({', '.join(given)})"
+        return f"{name}({', '.join(written)})"
 
-    def constant(self, leaf: Any) -> str:
+    def constant(self, leaf: Any, may_change: bool) -> str:
+        if isinstance(leaf, slice) and may_change:
+            start, stop = (self.constant(x, True) for x in (leaf.start, leaf.stop))
+            return f"slice({start}, {stop}, {leaf.step})"
+        if type(leaf) is int and abs(leaf) > 1 and may_change:
+            return self.number(leaf) if leaf > 0 else f"-{self.number(-leaf)}"
         if leaf is Ellipsis:
             return "..."
         if isinstance(leaf, torch.Size):
@@ -160,19 +180,30 @@ class _Source(str):
 
 _numbers = itertools.count()
 
-#: Compiled expressions by their source; None for one that cannot be chunked.
-_PROGRAMS: dict[Any, Callable[..., Any] | None] = {}
+
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """The compiled expressions of one graph's logits. They live as long as the compiled graph.
+
+    Attributes:
+        compiler: Dynamo's compiler function for them.
+        made: By their source; None for one that cannot be chunked.
+    """
+
+    compiler: Callable[..., Any]
+    made: dict[Any, Callable[..., Any] | None] = field(default_factory=dict)
+
 
 #: Expressions that are compiled before recording is given up: each differs from all others.
 _MOST_PROGRAMS = 200
 
 
-def evaluate(step: Step, compiler: Callable[..., Any], needs_grad: bool) -> Any:
+def evaluate(step: Step, programs: Programs, needs_grad: bool) -> Any:
     """The results of a step, from the formulas of the logits that it reads.
 
     Args:
         step: Its deferred tensors are open (:func:`autochunk.steps.is_open`).
-        compiler: Raises RefusedError where the logits cannot be left out.
+        programs: Their compiler raises RefusedError where the logits cannot be left out.
         needs_grad: Whether a result may have a gradient.
 
     Returns:
@@ -184,11 +215,12 @@ def evaluate(step: Step, compiler: Callable[..., Any], needs_grad: bool) -> Any:
     writer.lines.append(("return r", step.line))
     code = "\n".join(line for line, _ in writer.lines)
     key = (code, tuple(writer.key), len(writer.inputs))
-    if key not in _PROGRAMS:
-        if len(_PROGRAMS) >= _MOST_PROGRAMS:
+    if key not in programs.made:
+        if len(programs.made) >= _MOST_PROGRAMS:
+            LOG.info("%s:%s: cannot be chunked: too many different expressions", *step.line)
             return NotImplemented
-        _PROGRAMS[key] = writer.compile(step, compiler)
-    run = _PROGRAMS[key]
+        programs.made[key] = writer.compile(step, programs.compiler)
+    run = programs.made[key]
     if run is None:
         return NotImplemented
     program = Program(
@@ -200,8 +232,11 @@ def evaluate(step: Step, compiler: Callable[..., Any], needs_grad: bool) -> Any:
     )
     try:
         results = _run(program, step, needs_grad)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        LOG.info("%s:%s: cannot be chunked: Dynamo's recompile limit is reached", *step.line)
+        return NotImplemented
     except (RefusedError, torch._dynamo.exc.Unsupported) as error:
-        _PROGRAMS[key] = None
+        programs.made[key] = None
         refusal = getattr(error, "refusal", None)
         reason = (
             f"{refusal.code}, {refusal.detail}" if refusal is not None else type(error).__name__

@@ -17,32 +17,39 @@ PyTorch.
 
 from __future__ import annotations
 
-import functools
+import itertools
+import logging
 import operator
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autochunk import deferred
 from autochunk.deferred import DeferredTensor, Formula, make
 from autochunk.evaluation import evaluate
-from autochunk.steps import Step, StepFormula, is_intercepted, is_open, record
+from autochunk.metadata import Meta, metadata_of
+from autochunk.report import mebibytes
+from autochunk.steps import StepFormula, is_intercepted, is_open, record, user_line
 from autochunk.types import NARROW
+
+LOG = logging.getLogger("autochunk.deferred")
 
 #: Functional methods of a tensor, and functions of these names in ``torch``.
 _NAMES = """
-    abs add all any amax amin argmax argmin argsort bfloat16 clamp clamp_max clamp_min clip
-    contiguous cos cumsum detach div divide double eq erf exp expm1 expand_as flatten float ge
-    gather greater greater_equal gt half index_select isfinite isinf isnan kthvalue le less
-    less_equal log log1p log2 log_softmax logical_and logical_not logical_or logsumexp lt
-    masked_fill max maximum mean min minimum movedim mul multiply narrow ne neg norm not_equal
-    permute pow prod reciprocal relu reshape rsqrt rsub scatter select sigmoid sign sin softmax sort
-    sqrt square squeeze std sub subtract sum swapaxes t take_along_dim tanh to topk transpose
-    true_divide unflatten unsqueeze var view view_as where xlogy
+    abs add all amax amin any argmax argmin argsort bfloat16 cat clamp clamp_max clamp_min
+    clip concat contiguous cos cumsum detach div divide double eq erf exp expand_as expm1
+    flatten float gather ge greater greater_equal gt half index_select isfinite isinf isnan
+    kthvalue le less less_equal log log1p log2 log_softmax logical_and logical_not logical_or
+    logsumexp lt masked_fill max maximum mean min minimum movedim mul multiply narrow ne neg
+    norm not_equal permute pow prod reciprocal relu reshape rsqrt rsub scatter select sigmoid
+    sign sin softmax sort sqrt square squeeze stack std sub subtract sum swapaxes t
+    take_along_dim tanh to topk transpose true_divide unflatten unsqueeze var view view_as
+    where xlogy
 """.split()  # noqa: SIM905
 _OPERATORS = {
     "__getitem__": operator.getitem,
@@ -100,14 +107,30 @@ _LIKE |= {Tensor.new_tensor}
 
 def handle(func: Any, args: Any, kwargs: Any) -> Any:
     """Records or evaluates an op on deferred tensors; ``NotImplemented`` where neither is done."""
+    result = _record(func, args, kwargs)
+    if result is NotImplemented and LOG.isEnabledFor(logging.INFO):
+        leaves = pytree.tree_leaves((args, kwargs))
+        opened = [x for x in leaves if type(x) is DeferredTensor and not x._formula.seen]
+        for root in dict.fromkeys(x._formula.root for x in opened):
+            name, size = getattr(func, "__name__", str(func)), root.numel * root.dtype.itemsize
+            shape = "×".join(map(str, root.shape))
+            line = user_line()
+            LOG.info("%s:%s: %s computes logits, %s, %s", *line, name, shape, mebibytes(size))
+    return result
+
+
+def _record(func: Any, args: Any, kwargs: Any) -> Any:
     if func in _LIKE and type(args[0]) is DeferredTensor and not is_intercepted():
         x = args[0]
         stand_in = torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape)
         return func(stand_in, *args[1:], **kwargs)
+    if func in _PIECES:
+        return _PIECES[func](*args, **kwargs)
     if func not in _SPELLINGS or is_intercepted() or _writes(kwargs):
         return NotImplemented
+    if func is Tensor.__getitem__:
+        args = _positions_of_masks(*args)
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    leaves = _positions_of_masks(func, leaves)
     deferred_leaves = [leaf for leaf in leaves if type(leaf) is DeferredTensor]
     if not deferred_leaves or not all(map(_is_usable, leaves)):
         return NotImplemented
@@ -116,22 +139,21 @@ def handle(func: Any, args: Any, kwargs: Any) -> Any:
     step = record(func, _SPELLINGS[func], leaves, spec)
     root = step.root
     try:
-        shown, fakes = _metadata(step)
+        shown = metadata_of(step)
     except Exception:  # the user's error: it is raised again by the op on the values
         return NotImplemented
-    for fake, leaf in zip(fakes, leaves, strict=True):
-        if shown is fake:
-            return leaf
-    tensors = [t for t in pytree.tree_leaves(shown) if isinstance(t, Tensor)]
+    if shown.returned is not None:
+        return leaves[shown.returned]
+    tensors = shown.tensors
     if not tensors or any(t.device != deferred_leaves[0].device for t in tensors):
         return NotImplemented
-    if isinstance(shown, Tensor) and _is_wide(shown, root):
-        formula = StepFormula(step, root, shown.requires_grad, shown._is_view())
-        return make(formula, shown.shape, shown.stride(), shown, shown.requires_grad)
-    if any(_is_wide(t, root) for t in tensors):
+    if not any(_is_wide(t, root) for t in tensors):
+        return evaluate(step, root.compiler, any(t.requires_grad for t in tensors))
+    if not shown.is_single:
         return NotImplemented
-    assert root.compiler is not None  # the tensors are open
-    return evaluate(step, root.compiler, any(t.requires_grad for t in tensors))
+    (one,) = tensors
+    formula = StepFormula(step, root, one.requires_grad, shown.is_view)
+    return make(formula, one.shape, one.strides, one, one.requires_grad)
 
 
 def _writes(kwargs: Any) -> bool:
@@ -152,41 +174,79 @@ def _is_usable(leaf: Any) -> bool:
     return isinstance(leaf, _CONSTANTS)
 
 
-def _is_wide(tensor: Tensor, root: Formula) -> bool:
-    return tensor.numel() * NARROW > root.numel or root.features in tensor.shape
+def _is_wide(tensor: Meta, root: Formula) -> bool:
+    return prod(tensor.shape) * NARROW > root.numel or root.features in tensor.shape
 
 
-def _positions_of_masks(func: Any, leaves: list[Any]) -> list[Any]:
-    """``logits[mask]`` → ``logits[mask.nonzero(as_tuple=True)]`` for a mask of one dimension."""
-    if func is not Tensor.__getitem__:
-        return leaves
-    return [
-        leaf.nonzero().squeeze(1)
-        if i and type(leaf) is Tensor and leaf.dtype == torch.bool and leaf.dim() == 1
-        else leaf
-        for i, leaf in enumerate(leaves)
-    ]
+def _positions_of_masks(x: Any, index: Any) -> tuple[Any, Any]:
+    """``logits[mask]`` → ``logits[mask.nonzero(as_tuple=True)]``: the number of rows is known."""
+    items = index if isinstance(index, tuple) else (index,)
+    found: list[Any] = []
+    for item in items:
+        if type(item) is Tensor and item.dtype == torch.bool and item.dim():
+            found += item.nonzero(as_tuple=True)
+        else:
+            found.append(item)
+    return x, tuple(found) if len(found) > len(items) or isinstance(index, tuple) else found[0]
 
 
-_fake_mode = functools.cache(FakeTensorMode)
+def _pieces(whole: Callable[..., Sequence[Any]]) -> Callable[..., Any]:
+    """A function that cuts a tensor, from one that gives the indices of its pieces."""
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else None
+        if type(x) is not DeferredTensor or is_intercepted() or not is_open(x) or x.dim() < 2:
+            return NotImplemented
+        try:
+            indices = whole(x.shape, *args[1:], **kwargs)
+        except (TypeError, IndexError, ValueError, ZeroDivisionError):
+            return NotImplemented  # the user's error: PyTorch raises it
+        return tuple(x[index] for index in indices)
+
+    return cut
 
 
-def _metadata(step: Step) -> tuple[Any, list[Any]]:
-    """What the step's results are like, as fake tensors, and the fakes it was shown with."""
-    mode = _fake_mode()
+def _along(shape: Sequence[int], dim: int) -> tuple[Any, ...]:
+    """What comes before the index of a dimension."""
+    return (slice(None),) * (range(len(shape))[dim])
 
-    def fake(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        with torch._C.DisableTorchFunctionSubclass(), mode:
-            made = torch.empty_strided(
-                leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
-            )
-            return made.requires_grad_(leaf.requires_grad)
 
-    fakes = [fake(leaf) for leaf in step.leaves]
-    with mode:
-        return step.call(fakes), fakes
+def _unbound(shape: Sequence[int], dim: int = 0) -> list[Any]:
+    if range(len(shape))[dim] == len(shape) - 1:
+        raise ValueError("one piece for each feature")
+    return [(*_along(shape, dim), i) for i in range(shape[dim])]
+
+
+def _split(
+    shape: Sequence[int], split_size: Any = None, dim: int = 0, split_size_or_sections: Any = None
+) -> list[Any]:
+    sizes = split_size_or_sections if split_size is None else split_size
+    if isinstance(sizes, int):
+        sizes = [sizes] * (shape[dim] // sizes) + [shape[dim] % sizes] * (shape[dim] % sizes > 0)
+    ends = list(itertools.accumulate(sizes))
+    if not sizes or min(sizes) < 0 or ends[-1] != shape[dim]:
+        raise ValueError("sizes do not add up")
+    before = _along(shape, dim)
+    return [(*before, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _chunks(shape: Sequence[int], chunks: int, dim: int = 0) -> list[Any]:
+    return _split(shape, -(-shape[dim] // chunks), dim)
+
+
+_PIECES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys([Tensor.unbind, torch.unbind], _pieces(_unbound)),
+    **dict.fromkeys([Tensor.split, torch.split, torch.functional.split], _pieces(_split)),
+    **dict.fromkeys([Tensor.chunk, torch.chunk], _pieces(_chunks)),
+}
+
+
+def _iterate(x: Any) -> Any:
+    pieces = _PIECES[Tensor.unbind](x)
+    return pieces if pieces is NotImplemented else iter(pieces)
+
+
+_PIECES[Tensor.__iter__] = _iterate
 
 
 deferred.on_use = handle

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from autochunk.find import hint
 from autochunk.types import RowValue, Split
 
 if TYPE_CHECKING:
@@ -498,8 +499,8 @@ def _pad(walk: Walk, node: fx.Node) -> RowValue:
     return walk.result(node, emitted, x.is_row, x, [x])
 
 
-# x[arange(N), labels] is a gather; x[mask] and x[:, positions] select rows; x[..., ids] selects
-# the same features of every row.
+# x[arange(N), labels] is a gather; x[mask] and x[:, positions] select rows; x[rows, labels] selects
+# rows, then gathers; x[..., ids] selects the same features of every row.
 @_register("along features", [aten.index.Tensor])
 def _index(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
@@ -525,8 +526,9 @@ def _index(walk: Walk, node: fx.Node) -> RowValue:
         is_row = (True,) * new_rows + x.is_row[n_rows:]
         return walk.row_op(node, x, aten.index.Tensor, (indices[:n_rows],), is_row)
     if not _picks_one_feature(x, indices):
-        raise Boundary("misaligned", "rows and features are indexed together")
-    index = _labels_of(walk, node, x, indices[n_rows])
+        x = _rows_of_pairs(walk, node, x, indices)
+        n_rows = sum(x.is_row)
+    index = _labels_of(walk, node, x, indices[used[-1]])
     rest = [1] * (len(x.is_row) - n_rows - 1)
     if rest:
         index = walk.view(index, [1, *rest])
@@ -543,6 +545,30 @@ def _picks_one_feature(x: RowValue, indices: Sequence[Any]) -> bool:
     return used == list(range(n_rows + 1)) and all(
         _is_iota_of(indices[d], d, x.shape[:n_rows]) for d in range(n_rows)
     )
+
+
+def _rows_of_pairs(walk: Walk, node: fx.Node, x: RowValue, indices: Sequence[Any]) -> RowValue:
+    """The rows of ``x[rows, labels]``, of which ``labels`` then picks one feature each."""
+    n_rows = sum(x.is_row)
+    rows = list(indices[:n_rows])
+    if any(i is None for i in indices[: n_rows + 1]) or any(
+        i is not None for i in indices[n_rows + 1 :]
+    ):
+        raise Boundary("misaligned", "some rows and features are indexed together")
+    if any(i.meta["val"].dtype == torch.bool for i in indices[: n_rows + 1]):
+        raise Boundary("misaligned", "rows and features are indexed together, by a mask")
+    picked = torch.broadcast_shapes(*(i.meta["val"].shape for i in rows))
+    features = tuple(x.shape[n_rows:])
+    result = node.meta["val"].shape
+    if not same_shape((*picked, *features[1:]), result):
+        raise Boundary("misaligned", "labels are not one index per row")
+    if any(statically_known_true(size == 1) for size in picked):
+        raise Boundary("misaligned", "one row is picked")
+    if prod(map(hint, picked)) > prod(map(hint, x.row_shape)):
+        raise Boundary("misaligned", "rows are picked more than once; each would be computed again")
+    is_row = (True,) * len(picked) + (False,) * len(features)
+    val = x.val.new_empty((*picked, *features))
+    return walk.row_op(node, x, aten.index.Tensor, (rows,), is_row, val=val)
 
 
 def _labels_of(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> fx.Node:

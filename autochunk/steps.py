@@ -90,7 +90,7 @@ def record(
         grad=torch.is_grad_enabled(),
         autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         device=device,
-        line=_user_line(),
+        line=user_line(),
         numbers=numbers,
     )
 
@@ -103,7 +103,7 @@ def _versions(leaves: Sequence[Any], deferred: Sequence[int]) -> tuple[int, ...]
     )
 
 
-def _user_line() -> tuple[str, int]:
+def user_line() -> tuple[str, int]:
     """Where the user's code is: the innermost frame outside of PyTorch and this package."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
@@ -261,3 +261,50 @@ def is_open(tensor: DeferredTensor) -> bool:
     return not formula.step.changed() and all(
         type(parent) is DeferredTensor and is_open(parent) for parent in parents
     )
+
+
+#: Their numbers are sizes.
+_SIZED = {Tensor.view, Tensor.reshape, Tensor.expand, torch.reshape}
+_NARROW = {Tensor.narrow, torch.narrow}
+
+
+def numbers_of(step: Step) -> set[int]:
+    """Positions of the leaves that address rows or give sizes, and may change from call to call."""
+    x = step.leaves[0]
+    features = {step.leaves[i]._formula.root.features for i in step.deferred}
+    args, kwargs = pytree.tree_unflatten(range(len(step.leaves)), step.spec)
+    if step.func in _SIZED:
+        sizes = range(1, len(step.leaves))
+        return {i for i in sizes if step.leaves[i] not in features}
+    if type(x) is not DeferredTensor:
+        return set()
+    if step.func in _NARROW:
+        named = dict(zip(("input", "dim", "start", "length"), args, strict=False)) | kwargs
+        dim = step.leaves[named["dim"]]
+        return set() if x.shape[dim] in features else {named["start"], named["length"]}
+    if step.func is not Tensor.__getitem__:
+        return set()
+    items = args[1] if isinstance(args[1], tuple) else (args[1],)
+    taken = [_dims_taken(step.leaves[i]) if isinstance(i, int) else 1 for i in items]
+    found, dim = set(), 0
+    for item, n in zip(items, taken, strict=True):
+        leaf = step.leaves[item] if isinstance(item, int) else item
+        if type(leaf) in (int, slice) and x.shape[dim] not in features:
+            found.add(item)
+        dim += x.dim() - sum(taken) if leaf is Ellipsis else n
+    return found
+
+
+def turn_of_a_loop(step: Step) -> Tensor | None:
+    """The ``i`` of ``logits[i]`` as an index: all turns of a loop are one program then."""
+    x, i = step.leaves[:2]
+    if step.func is not Tensor.__getitem__ or type(i) is not int or x.shape[0] == 1:
+        return None
+    return torch.tensor([i % x.shape[0]], device=x.device)
+
+
+def _dims_taken(index: Any) -> int:
+    """Dimensions of a tensor that are addressed by one of its indices."""
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        return index.dim()
+    return 0 if index is None or index is Ellipsis or isinstance(index, bool) else 1

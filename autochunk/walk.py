@@ -394,15 +394,20 @@ class Walk:
         args: tuple[Any, ...],
         is_row: tuple[bool, ...],
         emitted: fx.Node | None = None,
+        val: torch.Tensor | None = None,
     ) -> RowValue:
-        """A selection of rows of a wide value, postponed to the body's inputs."""
+        """A selection of rows of a wide value, postponed to the body's inputs.
+
+        Args:
+            val: Of the selected rows, where the op does more than select them.
+        """
         if not self._is_wide(x):
             raise Boundary("misaligned", "rows of a narrow value are selected outside")
-        out = tuple(node.meta["val"].shape)
+        out = tuple((node.meta["val"] if val is None else val).shape)
         row_shape = tuple(s for s, row in zip(out, is_row, strict=True) if row)
         step = self._row_op(RowOp(target, args, x.row_shape, row_shape))
         moved = replace(x, chain=(*x.chain, step))
-        return self.result(node, x.node if emitted is None else emitted, is_row, moved, [x])
+        return self.result(node, x.node if emitted is None else emitted, is_row, moved, [x], val)
 
     def _row_op(self, new: RowOp) -> RowOp:
         """The first row op made that does the same: functionalisation repeats views."""

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,16 +174,7 @@ _CHILD_ENVIRONMENT = {**PEAK_ENVIRONMENT, "TQDM_DISABLE": "1", "TOKENIZERS_PARAL
 
 def run_methods(methods: Sequence[str], steps: int) -> list[Run]:
     """Trains with each method, in turn step by step; ends the program if a child fails."""
-    children = {
-        method: subprocess.Popen(
-            [sys.executable, *sys.argv, "--worker", method],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **_CHILD_ENVIRONMENT},
-        )
-        for method in methods
-    }
+    children = {method: _start(["--worker", method]) for method in methods}
     try:
         done: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
         for step in range(steps):
@@ -198,6 +190,33 @@ def run_methods(methods: Sequence[str], steps: int) -> list[Run]:
         for child in children.values():
             child.kill()
             child.communicate()
+
+
+def run_alone(arguments: Sequence[str], log: Path) -> dict[str, Any] | None:
+    """Runs this script in a child process until it ends.
+
+    Args:
+        arguments: Of the command line, in addition to those of this process.
+        log: A file for what it prints to stderr.
+
+    Returns:
+        The JSON of the last line that it printed; None if it failed.
+    """
+    with log.open("w") as stderr:
+        printed, _ = _start(arguments, stderr).communicate()
+    lines = printed.splitlines()
+    return json.loads(lines[-1]) if lines else None
+
+
+def _start(arguments: Sequence[str], stderr: Any = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *sys.argv, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env={**os.environ, **_CHILD_ENVIRONMENT},
+    )
 
 
 def _ask(method: str, child: subprocess.Popen[str]) -> dict[str, Any]:

@@ -183,9 +183,37 @@ def test_writes(name, no_codegen):
     _compare(WRITES[name])
 
 
+ROWS, COLUMNS = torch.tensor([1, 0, 1, 1, 0]), torch.tensor([3, 5, -6, 3, 0])
+LABELS = torch.tensor([7, -1, 63, 2, 0])
+
+#: One feature of each of some rows, by number.
+PAIRS = {
+    "any rows": lambda z: z.softmax(-1)[ROWS, COLUMNS, LABELS].log(),
+    "flat rows": lambda z: z.log_softmax(-1).view(-1, V)[COLUMNS - 6, LABELS],
+    "one label": lambda z: z[ROWS, COLUMNS, 3] - z.logsumexp(-1)[ROWS, COLUMNS],
+    "a table of rows": lambda z: z.log_softmax(-1).view(-1, V)[
+        torch.arange(4, 8).view(2, 2), LABELS[:4].view(2, 2)
+    ],
+    "labels that broadcast": lambda z: z.log_softmax(-1).view(-1, V)[
+        torch.arange(4, 8).view(2, 2), LABELS[:2]
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_rows_and_labels(name, no_codegen):
+    _compare(PAIRS[name])
+
+
 @pytest.mark.parametrize(
     ("sample", "reason"),
     [
+        (
+            lambda z: z.view(-1, V)[torch.arange(12).repeat(2), torch.arange(24)],
+            "would be computed again",
+        ),
+        (lambda z: z[:, COLUMNS, LABELS], "some rows"),
+        (lambda z: z.view(-1, V)[torch.tensor([3]), LABELS], "not one index per row"),
         (lambda z: _assign(z, (slice(None), 0), 1.0).logsumexp(-1), "overwritten"),
         (lambda z: _assign(z, (torch.tensor([0, 1]), torch.tensor([2, 3])), 1.0), "overwritten"),
         (lambda z: _assign(z, z > 1, z[z > 1] * 2).logsumexp(-1), ""),

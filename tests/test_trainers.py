@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -211,3 +212,144 @@ def test_peft_lora():
             losses.append(loss.item())
         results.append(losses)
     assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+def _lightning_module(backend: bool, metrics: bool, where: str) -> Any:
+    lightning = pytest.importorskip("lightning")
+    classification = pytest.importorskip("torchmetrics.classification")
+    text = pytest.importorskip("torchmetrics.text")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = NanoGPT()
+            self.accuracy = classification.MulticlassAccuracy(VOCABULARY, average="micro")
+            self.perplexity = text.Perplexity(ignore_index=-100)
+            self.losses: list[float] = []
+            self.kinds: set[type] = set()
+            if backend and where == "net":
+                self.net.compile(backend="autochunk", options=OPTIONS)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            x, y = batch
+            logits = self.net(x)
+            loss = F.cross_entropy(logits.view(-1, VOCABULARY), y.view(-1))
+            if where == "net":
+                self.kinds.add(type(logits))
+                self.log("train_loss", loss)
+            if metrics:
+                self.accuracy(logits.view(-1, VOCABULARY), y.view(-1))
+                self.log("accuracy", self.accuracy)
+                self.perplexity(logits, y)
+                self.log("perplexity", self.perplexity)
+                self.kinds.add(type(logits))
+            return loss
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+            self.losses.append(outputs["loss"].item())
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Module()
+
+
+def _fit(module: Any, **settings: Any) -> dict[str, float]:
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel("ERROR")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, VOCABULARY, (16, 12), generator=generator)
+    pairs = torch.utils.data.TensorDataset(ids, ids.roll(-1, 1))
+    trainer = lightning.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        **settings,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(pairs, batch_size=4))
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("precision", "metrics"), [("32-true", True), ("bf16-mixed", False)], ids=["metrics", "bf16"]
+)
+def test_lightning(precision, metrics, caplog):
+    """The network is compiled; the loss and torchmetrics' metrics read its logits."""
+    caplog.set_level("INFO", logger="autochunk.deferred")
+    modules = [_lightning_module(backend, metrics, "net") for backend in (False, True)]
+    expected = _fit(modules[0], precision=precision)
+    with collect() as reports:
+        actual = _fit(modules[1], precision=precision)
+    tolerance = 1e-5 if precision == "32-true" else 2e-3
+    assert len(modules[1].losses) == 4
+    assert modules[1].losses == pytest.approx(modules[0].losses, rel=tolerance)
+    assert actual == pytest.approx(expected, rel=tolerance)
+    assert modules[1].kinds == {DeferredTensor}
+    assert not caplog.messages
+    assert all(row.refusal is None for report in reports for row in report.rows)
+    if precision == "32-true":
+        _assert_close(modules[1].parameters(), modules[0].parameters())
+
+
+def test_lightning_module_compiled(caplog):
+    """``Trainer.fit(torch.compile(module))`` compiles ``training_step``, the loss inside."""
+    modules = [_lightning_module(False, False, "step") for _ in range(2)]
+    _fit(modules[0])
+    with collect() as reports:
+        _fit(torch.compile(modules[1], backend="autochunk", options=OPTIONS))
+    assert modules[1].losses == pytest.approx(modules[0].losses, rel=1e-5)
+    _assert_close(modules[1].parameters(), modules[0].parameters())
+    assert [row.strategy for report in reports for row in report.rows] == ["fused"]
+
+
+def _assert_close(actual: Any, expected: Any) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+METRICS = {
+    "accuracy": lambda m: (m.classification.MulticlassAccuracy(VOCABULARY), "flat"),
+    "micro accuracy": lambda m: (
+        m.classification.MulticlassAccuracy(VOCABULARY, average="micro", ignore_index=-100),
+        "classes second",
+    ),
+    "top 5": lambda m: (
+        m.classification.MulticlassAccuracy(VOCABULARY, top_k=5, average="micro"),
+        "flat",
+    ),
+    "perplexity": lambda m: (m.text.Perplexity(ignore_index=-100), "sequences"),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_torchmetrics(name, caplog, no_codegen):
+    """A metric of deferred logits: that of the logits, which are not computed for it."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    pytest.importorskip("torchmetrics.text")
+    caplog.set_level("INFO", logger="autochunk.deferred")
+    torch.manual_seed(0)
+    model = NanoGPT()
+    results = []
+    for function in (model, torch.compile(model, backend="autochunk", options=OPTIONS)):
+        metric, layout = METRICS[name](torchmetrics)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            x = torch.randint(0, VOCABULARY, (2, 9), generator=generator)
+            logits = function(x)
+            y = x.clone()
+            if layout == "flat":
+                metric(logits.view(-1, VOCABULARY), y.view(-1))
+            else:
+                y[0, :3] = -100
+                metric(logits.transpose(1, 2) if layout == "classes second" else logits, y)
+        results.append(metric.compute())
+    assert type(logits) is DeferredTensor
+    assert not caplog.messages
+    assert results[1].item() == pytest.approx(results[0].item(), rel=1e-5)
+    assert results[1].item() > 0
