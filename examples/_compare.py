@@ -41,6 +41,7 @@ class Run:
         seconds: Time of the fastest of these steps, the optimizer's included.
         chunked: Number of heads that ran in chunks.
         report: What autochunk says about every graph with a head.
+        gradients: Of each parameter after the first step, if asked for: see :func:`_sketch`.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Run:
     seconds: float
     chunked: int
     report: str
+    gradients: tuple[tuple[float, float], ...] = ()
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -128,6 +130,7 @@ def work(
     optimizer: torch.optim.Optimizer,
     options: Mapping[str, Any],
     loss_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    gradients: bool = False,
 ) -> None:
     """Trains a causal language model, one step per line from stdin.
 
@@ -138,6 +141,7 @@ def work(
         optimizer: Over the model's parameters.
         options: Of autochunk.
         loss_of: Compiled instead of the model: from token ids to the loss.
+        gradients: Whether the gradients of the first step are compared as well.
     """
     channel, sys.stdout = sys.stdout, sys.stderr  # a library's print must not mix with the JSON
     device = next(model.parameters()).device
@@ -156,15 +160,30 @@ def work(
             loss = compiled(ids) if loss_of else compiled(input_ids=ids, labels=ids).loss
             loss.backward()
             above, total = memory.stop()
+            found = {"loss": loss.item(), "peak_bytes": above, "total_bytes": total}
+            if gradients:
+                found["gradients"] = [_sketch(p.grad) for p in model.parameters()]
+                gradients = False
             optimizer.step()
             optimizer.zero_grad()
-            found = {"loss": loss.item(), "peak_bytes": above, "total_bytes": total}
             del loss
             found["seconds"] = time.perf_counter() - started
             print(json.dumps(found), file=channel, flush=True)
     report = "\n".join(str(r) for r in reports if r.rows or r.failure)
     chunked = sum(len(r.chunked) for r in reports)
     print(json.dumps({"chunked": chunked, "report": report}), file=channel, flush=True)
+
+
+def _sketch(gradient: torch.Tensor | None) -> tuple[float, float]:
+    """The norm, and the product with a vector of random numbers.
+
+    Of two gradients the difference of the products is about the norm of their difference.
+    """
+    if gradient is None:
+        return 0.0, 0.0
+    generator = torch.Generator(gradient.device).manual_seed(gradient.numel())
+    numbers = torch.randn(gradient.shape, generator=generator, device=gradient.device)
+    return gradient.double().norm().item(), (gradient.double() * numbers).sum().item()
 
 
 # ---- the parent --------------------------------------------------------------------------------
@@ -248,7 +267,17 @@ def _run(method: str, steps: Sequence[Mapping[str, Any]], last: Mapping[str, Any
         seconds=min(step["seconds"] for step in warm),
         chunked=last["chunked"],
         report=last["report"],
+        gradients=tuple((norm, product) for norm, product in steps[0].get("gradients", ())),
     )
+
+
+def largest_gradient_difference(run: Run, baseline: Run) -> float:
+    """Largest difference of a parameter's gradient, relative to its norm."""
+    found = [
+        max(abs(norm - expected[0]), abs(product - expected[1])) / max(expected[0], 1e-30)
+        for (norm, product), expected in zip(run.gradients, baseline.gradients, strict=True)
+    ]
+    return max((d if math.isfinite(d) else math.inf for d in found), default=0.0)
 
 
 def largest_difference(run: Run, baseline: Run) -> float:
@@ -282,6 +311,9 @@ def print_summary(runs: Sequence[Run]) -> None:
         ]
         for run in runs
     ]
+    if first.gradients:
+        for row, run in zip(rows, runs, strict=True):
+            row.insert(3, f"{largest_gradient_difference(run, first):.1e}")
     headers = [
         "method",
         "last loss",
@@ -292,11 +324,16 @@ def print_summary(runs: Sequence[Run]) -> None:
         "seconds of the\nfastest step",
         "ratio",
     ]
-    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 7)))
+    if first.gradients:
+        headers.insert(3, "of a parameter's\ngradient,\nfirst step")
+    alignment = ("left", *["right"] * (len(headers) - 1))
+    print(tabulate(rows, headers, disable_numparse=True, colalign=alignment))
     print()
 
 
-def failures(run: Run, baseline: Run, tolerance: float) -> list[str]:
+def failures(
+    run: Run, baseline: Run, tolerance: float, gradient_tolerance: float = math.inf
+) -> list[str]:
     """What is wrong with a run of autochunk: nothing, if the list is empty."""
     found = []
     difference = largest_difference(run, baseline)
@@ -304,6 +341,12 @@ def failures(run: Run, baseline: Run, tolerance: float) -> list[str]:
         found.append(
             f"the losses disagree: the largest relative difference of {run.method} from "
             f"{baseline.method} is {difference:.1e}, and {tolerance:.0e} is accepted"
+        )
+    difference = largest_gradient_difference(run, baseline)
+    if not difference <= gradient_tolerance:
+        found.append(
+            f"the gradients disagree: the largest relative difference of {run.method} from "
+            f"{baseline.method} is {difference:.1e}, and {gradient_tolerance:.0e} is accepted"
         )
     if run.chunked == 0:
         found.append("autochunk left the head alone, so nothing was compared")

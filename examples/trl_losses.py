@@ -10,7 +10,7 @@ with the formulas as the books have them, and autochunk does the rest. Needs
 ``pip install -c constraints.txt trl``.
 
 Eager, Inductor and autochunk take the same steps on real text with made-up rewards. Exits with 1
-if losses disagree.
+if losses disagree, or the gradients of the first step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import contextlib
 import copy
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,12 +37,14 @@ from _compare import (
     split,
     work,
 )
+from _plain_head import scores
 from finetune_smollm import find_gguf, load_smollm, load_tiny
 
 METHODS = ("eager", "inductor", "autochunk")
 #: DPO's loss is a difference of sums of some 200 log-probabilities: eager and Inductor differ by
 #: 2e-5 there.
 TOLERANCES = {"grpo": 1e-5, "dpo": 5e-5}
+GRADIENT_TOLERANCE = 1e-4
 
 
 def main() -> int:
@@ -71,8 +72,9 @@ def main() -> int:
         print_summary(runs)
         tolerance = TOLERANCES[args.loss]
         return conclude(
-            failures(runs[-1], runs[0], tolerance),
-            f"All {args.steps} losses agree with eager's to {tolerance:.0e} (relative).",
+            failures(runs[-1], runs[0], tolerance, GRADIENT_TOLERANCE),
+            f"All {args.steps} losses agree with eager's to {tolerance:.0e} (relative), the first "
+            f"step's gradients to {GRADIENT_TOLERANCE:.0e}.",
         )
     torch.manual_seed(0)
     text = language_reference()
@@ -82,27 +84,12 @@ def main() -> int:
     loss = grpo(policy) if args.loss == "grpo" else dpo(policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     batches = split(parser, args, ids, args.batch)
-    work(args.worker, model, batches, optimizer, backend_options(args), loss)
+    work(args.worker, model, batches, optimizer, backend_options(args), loss, gradients=True)
     return 0
 
 
-@dataclass
-class Scores:
-    """What TRL reads of a model's output."""
-
-    log_probs: torch.Tensor
-    entropy: torch.Tensor
-    mean_logits: torch.Tensor
-    is_top1: torch.Tensor
-
-
 class PlainHead(torch.nn.Module):
-    """What TRL asks of a model, computed from its logits.
-
-    Called with ``labels`` ``[batch, tokens]`` it returns, each ``[batch, tokens - 1]``: the
-    ``log_probs`` of the next labels (0 where they are -100), the ``entropy``, the ``mean_logits``
-    and whether the label ``is_top1``.
-    """
+    """A model that answers TRL's calls from its own logits (``_plain_head.scores``)."""
 
     is_gradient_checkpointing = False
 
@@ -110,21 +97,8 @@ class PlainHead(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, labels: torch.Tensor, fused_lm_head: bool = True, **inputs: Any) -> Scores:
-        from trl.trainer.utils import selective_log_softmax_and_entropy
-
-        logits = self.model(**inputs).logits[:, :-1]
-        labels = labels[:, 1:]
-        index = labels.clamp(min=0)
-        log_probs, entropy = selective_log_softmax_and_entropy(logits, index)
-        with torch.no_grad():
-            mean_logits, is_top1 = logits.mean(-1), logits.argmax(-1) == index
-        return Scores(
-            log_probs=torch.where(labels != -100, log_probs, 0.0),
-            entropy=entropy,
-            mean_logits=mean_logits,
-            is_top1=is_top1,
-        )
+    def forward(self, labels: torch.Tensor, fused_lm_head: bool = True, **inputs: Any) -> Any:
+        return scores(self.model(**inputs).logits, labels)
 
 
 class _OneProcess:

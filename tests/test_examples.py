@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -42,7 +43,14 @@ def example(monkeypatch):
         return importlib.import_module(name)
 
     yield load
-    for name in ("_compare", "finetune_smollm", "llama_1b", "inspect_graph"):
+    for name in (
+        "_compare",
+        "_plain_head",
+        "finetune_smollm",
+        "llama_1b",
+        "inspect_graph",
+        "trainers",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -83,7 +91,26 @@ def test_trl_losses(tmp_path):
     done = run("trl_losses.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 head, 1 chunked, 0 left alone" in done.stdout
-    assert "All 2 losses agree with eager's to 1e-05 (relative)." in done.stdout
+    assert "All 2 losses agree with eager's to 1e-05 (relative)" in done.stdout
+    assert "the first step's gradients to 1e-04" in done.stdout
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("autochunk  "))
+    assert 0 < float(line.split()[3]) < 1e-4, "no gradients were compared"
+
+
+@needs_proc
+def test_trainers(tmp_path):
+    arguments = ["--only", "nanogpt", "--tiny", "--steps", "3"]
+    done = run("trainers.py", *arguments, cwd=tmp_path)
+    if "pip install" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("nanoGPT"))
+    difference, inductor, chunked, ratio = row.split()[2:6]
+    assert float(difference) <= 1e-5
+    assert 0 < int(chunked) < int(inductor)
+    assert float(ratio) < 0.6
+    assert row.endswith("deferred, fused")
+    assert "All losses agree to 1e-05." in done.stdout
 
 
 @needs_proc
@@ -179,9 +206,68 @@ def test_disagreement_fails(example, capsys):
     assert "the losses disagree" in failure
     (failure,) = compare.failures(made([2.0, 4.0], chunked=0), baseline, 1e-5)
     assert "left the head alone" in failure
+    wrong = [(1.0, 0.5), (2.0, 1.0)], [(1.0, 0.5), (2.0, 1.001)]
+    first, second = (replace(baseline, gradients=tuple(g)) for g in wrong)
+    assert compare.failures(first, first, 1e-5, 1e-4) == []
+    (failure,) = compare.failures(second, first, 1e-5, 1e-4)
+    assert "the gradients disagree" in failure
+    assert "5.0e-04" in failure
     assert compare.conclude([failure], "well") == 1
     assert compare.conclude([], "well") == 0
     assert capsys.readouterr().out == f"FAILED: {failure}\nwell\n"
+
+
+@pytest.mark.parametrize(
+    ("runs", "row", "failures"),
+    [
+        (([2.0, 4.0], "fused"), ["0.0e+00", "3", "1", "0.33", "fused"], []),
+        (([2.0, 4.1], "fused"), ["2.5e-02", "3", "1", "0.33", "fused"], ["losses differ"]),
+        (([2.0, math.nan], "fused"), ["inf", "3", "1", "0.33", "fused"], ["losses differ"]),
+        (([2.0], "fused"), ["0.0e+00", "3", "1", "0.33", "fused"], ["1 losses, 2 expected"]),
+        (
+            ([2.0, 4.0], ""),
+            ["0.0e+00", "3", "1", "0.33", "none found (TRL's tiles)"],
+            ["no head was chunked"],
+        ),
+    ],
+)
+def test_rows_of_trainers(example, monkeypatch, runs, row, failures):
+    trainers = example("trainers")
+    losses, heads = runs
+    mib = 2**20
+    answers = [
+        {"losses": [2.0, 4.0], "peaks": [9 * mib, 2 * mib, 3 * mib], "heads": ""},
+        {"losses": losses, "peaks": [9 * mib, mib, mib], "heads": heads},
+    ]
+    monkeypatch.setattr(trainers, "run_alone", lambda arguments, log: answers.pop(0))
+    found, wrong = trainers.compare("nanogpt")
+    assert found == ["nanoGPT loop", *row]
+    assert len(wrong) == len(failures)
+    assert all(text in failure for text, failure in zip(failures, wrong, strict=True))
+
+
+def test_trainers_of_missing_packages(example, monkeypatch):
+    trainers = example("trainers")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "lightning" else find_spec(name)
+    )
+    row, failures = trainers.compare("lightning")
+    assert row[:2] == ["Lightning", "needs pip install lightning"]
+    assert not failures
+
+
+def test_trainers_that_fail(example, monkeypatch, capsys):
+    trainers = example("trainers")
+
+    def fail(arguments, log):
+        log.write_text("what went wrong")
+
+    monkeypatch.setattr(trainers, "run_alone", fail)
+    row, failures = trainers.compare("nanogpt")
+    assert row[1] == "failed with inductor"
+    assert failures == ["nanogpt failed with inductor"]
+    assert "what went wrong" in capsys.readouterr().err
 
 
 @needs_proc
