@@ -34,7 +34,14 @@ from autochunk.deferred import DeferredTensor, Formula, make
 from autochunk.evaluation import evaluate
 from autochunk.metadata import Meta, metadata_of
 from autochunk.report import mebibytes
-from autochunk.steps import StepFormula, is_intercepted, is_open, record, user_line
+from autochunk.steps import (
+    StepFormula,
+    dims_indexed,
+    is_intercepted,
+    is_open,
+    record,
+    user_line,
+)
 from autochunk.types import NARROW
 
 LOG = logging.getLogger("autochunk.deferred")
@@ -181,13 +188,15 @@ def _is_wide(tensor: Meta, root: Formula) -> bool:
 def _positions_of_masks(x: Any, index: Any) -> tuple[Any, Any]:
     """``logits[mask]`` → ``logits[mask.nonzero(as_tuple=True)]``: the number of rows is known."""
     items = index if isinstance(index, tuple) else (index,)
+    masks = [type(i) is Tensor and i.dtype == torch.bool and i.dim() > 0 for i in items]
+    if type(x) is not DeferredTensor or not any(masks):
+        return x, index
     found: list[Any] = []
-    for item in items:
-        if type(item) is Tensor and item.dtype == torch.bool and item.dim():
-            found += item.nonzero(as_tuple=True)
-        else:
-            found.append(item)
-    return x, tuple(found) if len(found) > len(items) or isinstance(index, tuple) else found[0]
+    for item, is_mask, dim in zip(items, masks, dims_indexed(x.dim(), items), strict=True):
+        if is_mask and item.shape != x.shape[dim : dim + item.dim()]:
+            return x, index  # PyTorch's error
+        found += item.nonzero(as_tuple=True) if is_mask else [item]
+    return x, tuple(found)
 
 
 def _pieces(whole: Callable[..., Sequence[Any]]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -284,15 +285,13 @@ def numbers_of(step: Step) -> set[int]:
         return set() if x.shape[dim] in features else {named["start"], named["length"]}
     if step.func is not Tensor.__getitem__:
         return set()
-    items = args[1] if isinstance(args[1], tuple) else (args[1],)
-    taken = [_dims_taken(step.leaves[i]) if isinstance(i, int) else 1 for i in items]
-    found, dim = set(), 0
-    for item, n in zip(items, taken, strict=True):
-        leaf = step.leaves[item] if isinstance(item, int) else item
-        if type(leaf) in (int, slice) and x.shape[dim] not in features:
-            found.add(item)
-        dim += x.dim() - sum(taken) if leaf is Ellipsis else n
-    return found
+    positions = args[1] if isinstance(args[1], tuple) else (args[1],)
+    items = [step.leaves[i] if isinstance(i, int) else i for i in positions]
+    return {
+        position
+        for position, item, dim in zip(positions, items, dims_indexed(x.dim(), items), strict=True)
+        if type(item) in (int, slice) and x.shape[dim] not in features
+    }
 
 
 def turn_of_a_loop(step: Step) -> Tensor | None:
@@ -301,6 +300,14 @@ def turn_of_a_loop(step: Step) -> Tensor | None:
     if step.func is not Tensor.__getitem__ or type(i) is not int or x.shape[0] == 1:
         return None
     return torch.tensor([i % x.shape[0]], device=x.device)
+
+
+def dims_indexed(n_dims: int, items: Sequence[Any]) -> list[int]:
+    """The dimension that each item of an index begins at."""
+    taken = [_dims_taken(item) for item in items]
+    rest = n_dims - sum(taken)
+    widths = [rest if i is Ellipsis else n for i, n in zip(items, taken, strict=True)]
+    return list(itertools.accumulate(widths, initial=0))[:-1]
 
 
 def _dims_taken(index: Any) -> int:

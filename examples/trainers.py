@@ -372,7 +372,7 @@ def lightning(task: Task) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Module(), list(task.batches()))
+    trainer.fit(Module(), torch.utils.data.DataLoader(task.batches(), batch_size=None))
 
 
 def _run_trl(task: Task, trainer: Any, plain: bool) -> None:

@@ -394,6 +394,11 @@ def test_pieces_share_memory_with_the_whole(batch):
         lambda z: z.chunk(2, dim=7),
         lambda z: torch.unbind(z, dim=-4),
         lambda z: z[2],
+        lambda z: z[torch.ones(2, 8, dtype=torch.bool)],
+        lambda z: z[:, torch.ones(8, dtype=torch.bool)],
+        lambda z: z[..., torch.ones(127, dtype=torch.bool)],
+        lambda z: z.view(-1, VOCABULARY)[torch.tensor([18]), torch.tensor([3])],
+        lambda z: z.view(-1, VOCABULARY)[torch.tensor([1, 2]), torch.tensor([3, 4, 5])],
     ],
 )
 def test_pieces_that_do_not_exist(wrong, batch):
