@@ -48,15 +48,17 @@ LOG = logging.getLogger("autochunk.deferred")
 
 #: Functional methods of a tensor, and functions of these names in ``torch``.
 _NAMES = """
-    abs add all amax amin any argmax argmin argsort bfloat16 cat clamp clamp_max clamp_min
-    clip concat contiguous cos cumsum detach div divide double eq erf exp expand_as expm1
-    flatten float gather ge greater greater_equal gt half index_select isfinite isinf isnan
-    kthvalue le less less_equal log log1p log2 log_softmax logical_and logical_not logical_or
-    logsumexp lt masked_fill max maximum mean min minimum movedim mul multiply narrow ne neg
-    norm not_equal permute pow prod reciprocal relu reshape rsqrt rsub scatter select sigmoid
-    sign sin softmax sort sqrt square squeeze stack std sub subtract sum swapaxes t
-    take_along_dim tanh to topk transpose true_divide unflatten unsqueeze var view view_as
-    where xlogy
+    abs add all amax amin any argmax argmin argsort bfloat16 cat ceil clamp clamp_max
+    clamp_min clip clone concat contiguous cos count_nonzero cumprod cumsum detach div divide
+    double einsum eq erf exp expand_as expm1 flatten flip float floor fmod gather ge greater
+    greater_equal gt half index_select isfinite isinf isnan kthvalue le less less_equal log
+    log1p log2 log_softmax logaddexp logcumsumexp logical_and logical_not logical_or logsumexp
+    lt masked_fill matmul max maximum mean median min minimum mm mode movedim mul multiply mv
+    nan_to_num nanmean nansum narrow ne neg norm not_equal permute positive pow prod
+    reciprocal relu remainder reshape roll round rsqrt rsub scatter scatter_add select sigmoid
+    sign sin softmax sort sqrt square squeeze stack std std_mean sub subtract sum swapaxes t
+    take_along_dim tanh to topk transpose true_divide type_as unflatten unsqueeze var var_mean
+    view view_as where xlogy
 """.split()  # noqa: SIM905
 _OPERATORS = {
     "__getitem__": operator.getitem,
@@ -69,6 +71,7 @@ _OPERATORS = {
     "__or__": operator.or_,
     "__invert__": operator.invert,
     "__pow__": operator.pow,
+    "__matmul__": operator.matmul,
 }
 _FUNCTIONS = [
     F.binary_cross_entropy_with_logits,
@@ -79,6 +82,7 @@ _FUNCTIONS = [
     F.huber_loss,
     F.kl_div,
     F.l1_loss,
+    F.linear,
     F.log_softmax,
     F.logsigmoid,
     F.mse_loss,
@@ -255,7 +259,18 @@ def _iterate(x: Any) -> Any:
     return pieces if pieces is NotImplemented else iter(pieces)
 
 
+def _broadcast(*tensors: Any) -> Any:
+    if is_intercepted() or not all(isinstance(t, Tensor) for t in tensors):
+        return NotImplemented
+    try:
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    except RuntimeError:
+        return NotImplemented  # the user's error: PyTorch raises it
+    return tuple(t if t.shape == shape else t.expand(shape) for t in tensors)
+
+
 _PIECES[Tensor.__iter__] = _iterate
+_PIECES[torch.broadcast_tensors] = _PIECES[torch.functional.broadcast_tensors] = _broadcast
 
 
 deferred.on_use = handle

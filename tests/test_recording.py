@@ -71,6 +71,17 @@ def _policy_gradient(z, y):
     return -(ratio * logps.detach()).mean() - 0.01 * entropy.mean()
 
 
+def _reinforce(z, y):
+    policy = torch.distributions.Categorical(logits=z)
+    return -(policy.log_prob(y.clamp_min(0)) * (y > 60)).mean() - 0.01 * policy.entropy().mean()
+
+
+def _expected_embedding(z, y):
+    table = torch.linspace(-1, 1, VOCABULARY * 3, dtype=z.dtype).view(VOCABULARY, 3)
+    p = z.clone().softmax(-1)
+    return (p @ table).square().mean() + torch.einsum("btv,vk->btk", p, table).tanh().sum()
+
+
 def _with_accuracy(z, y):
     return _cross_entropy(z, y), (z.argmax(-1) == y).float().mean()
 
@@ -106,6 +117,8 @@ LOSSES = {
     ),
     "Hugging Face's label smoother": (_hf_label_smoother, 2),
     "policy gradient": (_policy_gradient, 3),
+    "torch.distributions": (_reinforce, 3),
+    "expected embedding": (_expected_embedding, 2),
     "accuracy": (_with_accuracy, 2),
     "metrics": (_no_grad_metrics, 3),
     "two losses": (_two_losses, 2),
