@@ -10,7 +10,9 @@ step needs. The peak is that of the forward and backward pass above what was hel
 the first step, which compiles.
 
 "plain head" rows: TRL's trainers compute log-probabilities in tiles of their own; there the
-model's own head is used instead (``_plain_head.py``). Exits with 1 if losses disagree.
+model's own head is used instead (``_plain_head.py``).
+
+Exits with 1 if losses or gradient norms disagree.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from tabulate import tabulate
 
 METHODS = ("inductor", "autochunk")
 TOLERANCE = 1e-5
+NORM_TOLERANCE = 1e-4
 #: TRL's trainers with TRL's own head: autochunk finds none.
 TILED = ("sft", "dpo", "grpo")
 
@@ -77,13 +80,18 @@ def main() -> int:
         row, failures = compare(name)
         rows.append(row)
         failed += failures
-    headers = ["trainer", "losses differ by", "inductor MiB", "autochunk MiB", "ratio", "heads"]
+    headers = [
+        *("trainer", "losses\ndiffer by", "gradient norms\ndiffer by"),
+        *("inductor,\nMiB", "autochunk,\nMiB", "ratio", "heads"),
+    ]
     print(
         f"{args.batch} × {args.tokens} tokens × {args.hidden} × vocabulary 49152, float32, "
         f"{args.steps} steps; peak of a step above what was held before"
     )
-    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 4, "left")))
-    return conclude(failed, f"All losses agree to {TOLERANCE:.0e}.")
+    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 5, "left")))
+    return conclude(
+        failed, f"All losses agree to {TOLERANCE:.0e}, gradient norms to {NORM_TOLERANCE:.0e}."
+    )
 
 
 def compare(name: str) -> tuple[list[str], list[str]]:
@@ -91,7 +99,7 @@ def compare(name: str) -> tuple[list[str], list[str]]:
     trainer = TRAINERS[name]
     missing = [p for p in trainer.packages if importlib.util.find_spec(p) is None]
     if missing:
-        return [trainer.title, f"needs pip install {' '.join(missing)}", "", "", "", ""], []
+        return [trainer.title, f"needs pip install {' '.join(missing)}", *[""] * 5], []
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
         runs = []
@@ -103,10 +111,12 @@ def compare(name: str) -> tuple[list[str], list[str]]:
             runs.append(run)
     plain, chunked = runs
     difference = largest_difference(chunked["losses"], plain["losses"])
+    of_norms = largest_difference(chunked["norms"], plain["norms"])
     peaks = [max(run["peaks"][1:]) for run in runs]
     row = [
         trainer.title,
         f"{difference:.1e}",
+        f"{of_norms:.1e}",
         *(f"{peak / MIB:.0f}" for peak in peaks),
         f"{peaks[1] / peaks[0]:.2f}",
         chunked["heads"] or "none found (TRL's tiles)",
@@ -114,6 +124,8 @@ def compare(name: str) -> tuple[list[str], list[str]]:
     failures = []
     if not difference <= TOLERANCE:
         failures.append(f"{name}: losses differ by {difference:.1e}")
+    if not of_norms <= NORM_TOLERANCE:
+        failures.append(f"{name}: gradient norms differ by {of_norms:.1e}")
     if len(plain["losses"]) != len(chunked["losses"]) or len(plain["losses"]) < 2:
         failures.append(f"{name}: {len(chunked['losses'])} losses, {len(plain['losses'])} expected")
     if not chunked["heads"] and name not in TILED:
@@ -121,30 +133,34 @@ def compare(name: str) -> tuple[list[str], list[str]]:
     return row, failures
 
 
-def largest_difference(losses: Sequence[float], expected: Sequence[float]) -> float:
-    """Of two runs' losses, relative where they are above 1; infinite where one is not a number."""
-    pairs = zip(losses, expected, strict=False)
-    found = [abs(a - b) / max(abs(b), 1) for a, b in pairs]
-    return max((d if math.isfinite(d) else math.inf for d in found), default=math.inf)
+def largest_difference(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Of two runs' numbers, relative where they are above 1; infinite where one is not a number."""
+    pairs = zip(found, expected, strict=False)
+    differences = [abs(a - b) / max(abs(b), 1) for a, b in pairs]
+    return max((d if math.isfinite(d) else math.inf for d in differences), default=math.inf)
 
 
 # ---- the child ---------------------------------------------------------------------------------
 
 
 class Meter:
-    """Collects losses and peaks; a trainer calls ``start`` and ``stop`` around each step."""
+    """Collects what is compared; a trainer calls ``start`` and ``stop`` around each step."""
 
     def __init__(self) -> None:
         self.memory = PeakMemory(torch.device("cpu"))
         self.losses: list[float] = []
+        self.norms: list[float] = []
         self.peaks: list[int] = []
 
     def start(self) -> None:
         self.memory.start()
 
-    def stop(self) -> None:
-        """Before the optimizer's step."""
+    def stop(self, model: torch.nn.Module | None = None) -> None:
+        """Before the optimizer's step; the norm of the model's gradients is taken."""
         self.peaks.append(self.memory.stop()[0])
+        if model is not None:
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            self.norms.append(torch.nn.utils.get_total_norm(grads).item())
 
 
 def work(args: argparse.Namespace) -> int:
@@ -161,8 +177,8 @@ def work(args: argparse.Namespace) -> int:
     rows = [row for report in reports for row in report.chunked]
     # Generation computes the logits of one token, which are deferred first.
     strategies = dict.fromkeys(row.strategy for row in rows)
-    found = {"losses": meter.losses, "peaks": meter.peaks, "heads": ", ".join(strategies)}
-    print(json.dumps(found), file=channel, flush=True)
+    found = {"losses": meter.losses, "norms": meter.norms, "peaks": meter.peaks}
+    print(json.dumps({**found, "heads": ", ".join(strategies)}), file=channel, flush=True)
     return 0
 
 
@@ -257,16 +273,19 @@ class Task:
 
         trainer.add_callback(Callback())
         trainer.train()
-        meter.losses += [e["loss"] for e in trainer.state.log_history if "loss" in e]
+        entries = [e for e in trainer.state.log_history if "loss" in e]
+        meter.losses += [e["loss"] for e in entries]
+        meter.norms += [e["grad_norm"] for e in entries]
 
-    def loop(self, parameters: Any, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def loop(self, model: Any, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """A plain training loop."""
-        optimizer = torch.optim.AdamW(list(parameters), lr=1e-3)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
         for ids in self.batches():
             self.meter.start()
             loss = loss_of(ids)
             loss.backward()
-            self.meter.stop()
+            self.meter.stop(model)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.meter.losses.append(loss.item())
@@ -312,7 +331,7 @@ def nano_gpt(task: Task) -> None:
         logits = model(ids[:, :-1])
         return F.cross_entropy(logits.view(-1, logits.size(-1)), ids[:, 1:].reshape(-1))
 
-    task.loop(model.parameters(), loss_of)
+    task.loop(model, loss_of)
 
 
 def accelerate_loop(task: Task) -> None:
@@ -326,7 +345,7 @@ def accelerate_loop(task: Task) -> None:
         task.meter.start()
         loss = _next_token_loss(model(input_ids=ids).logits, ids)
         accelerator.backward(loss)
-        task.meter.stop()
+        task.meter.stop(model)
         optimizer.step()
         optimizer.zero_grad()
         task.meter.losses.append(loss.item())
@@ -337,8 +356,7 @@ def lora(task: Task) -> None:
 
     model = get_peft_model(task.llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     model = task.compiled(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    task.loop(trained, lambda ids: model(input_ids=ids, labels=ids).loss)
+    task.loop(model, lambda ids: model(input_ids=ids, labels=ids).loss)
 
 
 def lightning(task: Task) -> None:
@@ -356,7 +374,7 @@ def lightning(task: Task) -> None:
             task.meter.start()
 
         def on_before_optimizer_step(self, optimizer: Any) -> None:
-            task.meter.stop()
+            task.meter.stop(self)
 
         def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
             task.meter.losses.append(outputs["loss"].item())

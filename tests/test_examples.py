@@ -105,12 +105,13 @@ def test_trainers(tmp_path):
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = (line for line in done.stdout.splitlines() if line.startswith("nanoGPT"))
-    difference, inductor, chunked, ratio = row.split()[2:6]
+    difference, of_norms, inductor, chunked, ratio = row.split()[2:7]
     assert float(difference) <= 1e-5
+    assert float(of_norms) <= 1e-4
     assert 0 < int(chunked) < int(inductor)
     assert float(ratio) < 0.6
     assert row.endswith("deferred, fused")
-    assert "All losses agree to 1e-05." in done.stdout
+    assert "All losses agree to 1e-05, gradient norms to 1e-04." in done.stdout
 
 
 @needs_proc
@@ -218,30 +219,27 @@ def test_disagreement_fails(example, capsys):
 
 
 @pytest.mark.parametrize(
-    ("runs", "row", "failures"),
+    ("losses", "norms", "heads", "row", "failures"),
     [
-        (([2.0, 4.0], "fused"), ["0.0e+00", "3", "1", "0.33", "fused"], []),
-        (([2.0, 4.1], "fused"), ["2.5e-02", "3", "1", "0.33", "fused"], ["losses differ"]),
-        (([2.0, math.nan], "fused"), ["inf", "3", "1", "0.33", "fused"], ["losses differ"]),
-        (([2.0], "fused"), ["0.0e+00", "3", "1", "0.33", "fused"], ["1 losses, 2 expected"]),
-        (
-            ([2.0, 4.0], ""),
-            ["0.0e+00", "3", "1", "0.33", "none found (TRL's tiles)"],
-            ["no head was chunked"],
-        ),
+        ([2.0, 4.0], [1.0, 2.0], "fused", ["0.0e+00", "0.0e+00"], []),
+        ([2.0, 4.1], [1.0, 2.0], "fused", ["2.5e-02", "0.0e+00"], ["losses differ by 2.5e-02"]),
+        ([2.0, 4.0], [1.0, 2.1], "fused", ["0.0e+00", "5.0e-02"], ["norms differ by 5.0e-02"]),
+        ([2.0, math.nan], [1.0, 2.0], "fused", ["inf", "0.0e+00"], ["losses differ by inf"]),
+        ([2.0], [1.0], "fused", ["0.0e+00", "0.0e+00"], ["1 losses, 2 expected"]),
+        ([2.0, 4.0], [1.0, 2.0], "", ["0.0e+00", "0.0e+00"], ["no head was chunked"]),
     ],
 )
-def test_rows_of_trainers(example, monkeypatch, runs, row, failures):
+def test_rows_of_trainers(example, monkeypatch, losses, norms, heads, row, failures):
     trainers = example("trainers")
-    losses, heads = runs
     mib = 2**20
     answers = [
-        {"losses": [2.0, 4.0], "peaks": [9 * mib, 2 * mib, 3 * mib], "heads": ""},
-        {"losses": losses, "peaks": [9 * mib, mib, mib], "heads": heads},
+        {"losses": [2.0, 4.0], "norms": [1.0, 2.0], "peaks": [9 * mib, 2 * mib, 3 * mib]},
+        {"losses": losses, "norms": norms, "peaks": [9 * mib, mib, mib], "heads": heads},
     ]
     monkeypatch.setattr(trainers, "run_alone", lambda arguments, log: answers.pop(0))
     found, wrong = trainers.compare("nanogpt")
-    assert found == ["nanoGPT loop", *row]
+    found_heads = heads or "none found (TRL's tiles)"
+    assert found == ["nanoGPT loop", *row, "3", "1", "0.33", found_heads]
     assert len(wrong) == len(failures)
     assert all(text in failure for text, failure in zip(failures, wrong, strict=True))
 
