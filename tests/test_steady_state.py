@@ -99,8 +99,8 @@ def test_two_hundred_steps():
     assert counts[2][-1] <= 6, "\n".join(map(str, reports))
     assert tensors[2] <= tensors[1]
     assert objects[2] - objects[1] < 35, "objects stay alive, one for each second step"
-    # The logits of one step are 68 KiB; the allocator's own pages come and go.
-    assert min(resident[1] - resident[0], resident[2] - resident[1]) < 2 * MIB
+    # The logits of one step are 68 KiB, of 70 steps 4.7 MiB; the allocator's pages come and go.
+    assert min(resident[1] - resident[0], resident[2] - resident[1]) < 4 * MIB
 
 
 def _compilations(reports: list[Report]) -> list[int]:
