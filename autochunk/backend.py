@@ -15,21 +15,26 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
 from autochunk import body as body_stage
-from autochunk import runtime
+from autochunk import (
+    recording,  # noqa: F401
+    runtime,
+)
 from autochunk.body import BodySpec, TensorSpec
 from autochunk.bounds import index_checking
 from autochunk.config import OptionError, Options
 from autochunk.deferred import defer, no_saved_tensors_hooks
 from autochunk.donation import donation_aware
 from autochunk.embedding import embedding_gradients
+from autochunk.entering import enter
+from autochunk.evaluation import Programs
 from autochunk.find import AMPLIFY, find, op_name, source_line
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower
 from autochunk.plan import plan
-from autochunk.recording import Programs
 from autochunk.report import Report, Row, next_graph, publish, write_debug
 from autochunk.rewrite import Rewritten, Scheduled, rewrite
 from autochunk.tail import cotangents, differentiable_outputs
+from autochunk.twin import with_twin
 from autochunk.types import (
     Candidate,
     Cotangents,
@@ -72,11 +77,21 @@ def autochunk(
         RefusedError: where a rewrite is ``required`` and not possible.
         Exception: what failed in a rewrite, with ``strict``.
     """
-    return _compile(gm, example_inputs, options=Options.parse(options, mode), required=required)
+    parsed = Options.parse(options, mode)
+    entered = enter(gm, functools.partial(_compile, options=parsed))
+    if entered is not None:
+        return entered
+    amplify = 1 if required else AMPLIFY
+    return _compile(gm, example_inputs, options=parsed, required=required, amplify=amplify)
 
 
 def _compile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Options, required: bool
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Options,
+    required: bool,
+    amplify: float = AMPLIFY,
 ) -> Callable[..., Any]:
     parsed = options
     graph = next_graph()
@@ -84,7 +99,7 @@ def _compile(
         # Anomaly detection looks for nan in each gradient, which a traced one cannot answer; a
         # checkpoint around the compiled function must not count what tracing saves.
         with torch.autograd.set_detect_anomaly(False), no_saved_tensors_hooks():
-            made = _rewrite(gm, parsed, graph, required)
+            made = _rewrite(gm, parsed, graph, required, amplify)
         if required:
             _raise_refusal(made.report)
         compiled = made.compile(example_inputs, parsed)
@@ -120,7 +135,9 @@ class _Made:
         if self.rewritten is None:
             return _inductor(self.original, example_inputs, options)
         compiled = _inductor_with_regions(self.rewritten.gm, example_inputs, options)
-        again = functools.partial(_compile, options=replace(options, min_bytes=0), required=True)
+        again = functools.partial(
+            _compile, options=replace(options, min_bytes=0), required=True, amplify=1
+        )
         return _Compiled(compiled, self.rewritten, Programs(again))
 
 
@@ -146,17 +163,35 @@ def _raise_refusal(report: Report) -> None:
             raise RefusedError(worst)
 
 
-def _rewrite(gm: fx.GraphModule, options: Options, number: int, required: bool) -> _Made:
-    candidates, refused = find(gm, options.min_bytes, 1 if required else AMPLIFY)
+@dataclass(frozen=True)
+class _Analysis:
+    """What became of each head of a graph.
+
+    Attributes:
+        gm: The graph that was analysed: Dynamo's, or one with twins (``twin.py``).
+        every: All candidates.
+        refusals: Those that are left alone.
+        lowered, lifted, scheduled: Of the others; None and empty if there are none.
+        twins: Heads whose columns have a product of their own.
+    """
+
+    gm: fx.GraphModule
+    every: tuple[Candidate, ...]
+    refusals: Mapping[str, Refusal]
+    lowered: Lowered | None
+    lifted: Lifted | None
+    scheduled: Sequence[Scheduled]
+    twins: frozenset[str] = frozenset()
+
+
+def _analyse(gm: fx.GraphModule, options: Options, required: bool, amplify: float) -> _Analysis:
+    candidates, refused = find(gm, options.min_bytes, amplify)
     refusals: dict[str, Refusal] = {c.name: r for c, r in refused}
-    every = [*candidates, *(c for c, _ in refused)]
+    every = (*candidates, *(c for c, _ in refused))
     for candidate in candidates:
         refusal = refuse_to_lower(gm.graph, candidate)
         if refusal is not None:
             refusals[candidate.name] = refusal
-    lowered: Lowered | None = None
-    lifted: Lifted | None = None
-    scheduled: list[Scheduled] = []
     # Each round lowers the heads that are still in; a refusal starts another without that head.
     while kept := [c for c in candidates if c.name not in refusals]:
         lowered = lower(gm.graph, kept)
@@ -165,13 +200,36 @@ def _rewrite(gm: fx.GraphModule, options: Options, number: int, required: bool) 
         if not found:
             scheduled, found = _schedule(lowered, lifted, options)
         if not found:
-            break
+            return _Analysis(gm, every, refusals, lowered, lifted, scheduled)
         refusals.update(found)
+    return _Analysis(gm, every, refusals, None, None, ())
+
+
+def _with_twins(analysis: _Analysis, options: Options, required: bool, amplify: float) -> _Analysis:
+    """The analysis with twins of the heads that mix rows, where that is better."""
+    for name, refusal in analysis.refusals.items():
+        gm = with_twin(analysis.gm, name) if refusal.code == "mixes-rows" else None
+        if gm is not None:
+            again = _analyse(gm, options, required, amplify)
+            if len(again.refusals) < len(analysis.refusals):
+                again = replace(again, twins=analysis.twins | {name})
+                return _with_twins(again, options, required, amplify)
+    return analysis
+
+
+def _rewrite(
+    gm: fx.GraphModule, options: Options, number: int, required: bool, amplify: float
+) -> _Made:
+    analysis = _analyse(gm, options, required, amplify)
+    analysis = _with_twins(analysis, options, required, amplify)
+    lowered, lifted, scheduled = analysis.lowered, analysis.lifted, analysis.scheduled
     rewritten: Rewritten | None = None
     stages: list[tuple[str, str]] = [("dynamo", _readable(gm))]
-    if kept and lowered is not None and lifted is not None:
+    if lowered is not None and lifted is not None:
         loops = [_loop(item, options) for item in scheduled]
-        rewritten = rewrite(gm, lowered, lifted, scheduled)
+        rewritten = rewrite(analysis.gm, lowered, lifted, scheduled)
+        if analysis.gm is not gm:
+            stages.append(("twins", _readable(analysis.gm)))
         stages.append(("lowered", _readable(lowered.graph)))
         for item, loop in zip(scheduled, loops, strict=True):
             stages.append((f"{item.region.name}_body", _readable(item.region.body)))
@@ -183,9 +241,9 @@ def _rewrite(gm: fx.GraphModule, options: Options, number: int, required: bool) 
                     stages.append((f"{item.region.name}_{name}", kernel.graph))
         stages.append(("rewritten", _readable(rewritten.gm)))
     directory = ""
-    if options.debug is not None and every:
+    if options.debug is not None and analysis.every:
         directory = write_debug(options.debug, number, stages)
-    rows = [_row(c, refusals.get(c.name), lowered, lifted, scheduled) for c in every]
+    rows = [_row(candidate, analysis) for candidate in analysis.every]
     return _Made(gm, rewritten, Report(number, tuple(rows), directory=directory))
 
 
@@ -326,13 +384,9 @@ class _Compiled:
         return outputs
 
 
-def _row(
-    candidate: Candidate,
-    refusal: Refusal | None,
-    lowered: Lowered | None,
-    lifted: Lifted | None,
-    scheduled: Sequence[Scheduled],
-) -> Row:
+def _row(candidate: Candidate, analysis: _Analysis) -> Row:
+    refusal = analysis.refusals.get(candidate.name)
+    lowered, lifted, scheduled = analysis.lowered, analysis.lifted, analysis.scheduled
     val = candidate.node.meta["example_value"]
     dtype = str(val.dtype).removeprefix("torch.")
     rows = "×".join(str(s) for s in val.shape[:-1])
@@ -350,6 +404,8 @@ def _row(
     notes = []
     if len(mine) > 1:
         notes.append(f"its rows are selected in {len(mine)} ways; the product runs once for each")
+    if candidate.name in analysis.twins:
+        notes.append("its columns are reduced, too; the product runs once more for them")
     if any(_deferred_from(node, candidate, lowered) for node in lifted.deferred):
         also = "also" if mine else "only"
         notes.append(f"the logits are {also} returned: deferred until somebody uses them")

@@ -17,16 +17,18 @@ How each caller gets the value
     C++             (custom autograd Functions, TorchScript, extensions) has recorded the wrapper
                     in the autograd graph already, whose gradient flows on to ``plain``;
                     ``__torch_dispatch__`` then puts the value in its place.
-    torch.compile   sees a traceable wrapper subclass with one inner tensor, the value. Its guards
-                    read that tensor, so it is computed when a compiled function is entered.
+    torch.compile   sees a traceable wrapper subclass with one inner tensor: an outline where Dynamo
+                    asks (its guards read metadata only), the value where compiled code does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
+from types import FrameType
 from typing import Any
 
 import torch
@@ -95,6 +97,7 @@ class DeferredTensor(Tensor):
 
     _plain: Tensor
     _formula: Any
+    _expanded: Tensor
 
     def materialize(self) -> Tensor:
         """Computes the value. Any other use of the tensor does so, too.
@@ -120,6 +123,7 @@ class DeferredTensor(Tensor):
             except RuntimeError:  # C++ code holds a weak reference
                 return self._value
             del self._plain, self._formula
+            self.__dict__.pop("_expanded", None)
             self.__class__ = Tensor
             return self
 
@@ -175,13 +179,25 @@ class DeferredTensor(Tensor):
                 self._formula.fill(self._plain)
             return self._plain
 
+    @property
+    def _outline(self) -> Tensor:
+        """A tensor of one element, expanded: what guards may look at."""
+        if not hasattr(self, "_expanded"):
+            one = self._plain.new_empty(())
+            self._expanded = one.expand(self.shape).requires_grad_(self.requires_grad)
+        return self._expanded
+
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["_value"], None
+        return ["_outline" if _reads_metadata(sys._getframe(1)) else "_value"], None
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: None, size: Sequence[int], stride: Sequence[int]
     ) -> Tensor:
+        if "_outline" in inner:
+            outline = inner["_outline"]
+            value = outline.new_empty_strided(size, stride).requires_grad_(outline.requires_grad)
+            return _wrap(value, None, stride)
         value = inner["_value"]
         return value.detach() if type(value) is Tensor else _wrap(value, None, stride)
 
@@ -400,6 +416,18 @@ class _Identity(torch.autograd.Function):
 
 
 _LOCK = threading.RLock()
+
+#: Dynamo's guards and the conversion to fake tensors look at the metadata of an inner tensor only.
+_METADATA_READERS = tuple(
+    f"torch.{package}." for package in ("_dynamo", "_guards", "_subclasses", "fx.experimental")
+)
+
+
+def _reads_metadata(reader: FrameType) -> bool:
+    if reader.f_code.co_filename == "<string>" and reader.f_back is not None:  # a guard's eval()
+        reader = reader.f_back
+    return f"{reader.f_globals.get('__name__')}.".startswith(_METADATA_READERS)
+
 
 _MODIFIED = (
     "autochunk: {} would modify deferred logits in place before they are computed; call "

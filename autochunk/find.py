@@ -28,6 +28,13 @@ _ADDMM = {torch.addmm, "addmm", _aten.addmm.default}
 LAYERS = {F.scaled_dot_product_attention, torch.bmm, F.conv1d, F.conv2d, "bmm"}
 _INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "setitem"}
 
+#: Calls of a Dynamo graph that may draw random numbers.
+_RANDOM = """
+    alpha_dropout bernoulli dropout dropout1d dropout2d dropout3d feature_alpha_dropout
+    feature_dropout gumbel_softmax multinomial normal poisson rand rand_like randint randint_like
+    randn randn_like randperm rrelu scaled_dot_product_attention
+""".split()  # noqa: SIM905
+
 
 def find(
     gm: fx.GraphModule, min_bytes: int, amplify: float = AMPLIFY
@@ -165,6 +172,11 @@ def is_inplace(node: fx.Node) -> bool:
         return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
     aten_op = name.endswith("_") and "aten" in str(node.target)
     return node.op == "call_function" and (name in _INPLACE_OPERATORS or aten_op)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call of a Dynamo graph may draw random numbers: a second one would draw others."""
+    return node.op in ("call_function", "call_method") and op_name(node) in _RANDOM
 
 
 def is_grad_function(target: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +45,15 @@ def plan(region: Region, cotangents: Cotangents | str, options: Options, wanted:
     elif options.num_chunks is not None:
         chunk = -(-rows // options.num_chunks)
     else:
-        chunk = max(1, (options.memory_budget or DEFAULT_BUDGET) // row_bytes)
+        budget = options.memory_budget or DEFAULT_BUDGET
+        if budget < row_bytes:
+            warnings.warn(
+                f"autochunk: one row of logits takes {row_bytes} bytes, more than the budget of "
+                f"{budget} bytes; the chunks are single rows, which is slow. Give a memory_budget "
+                "of many rows",
+                stacklevel=2,
+            )
+        chunk = max(1, budget // row_bytes)
         if region.wide_itemsize == 2 and chunk >= ALIGN_HALF:
             align = ALIGN_HALF
             chunk -= chunk % align

@@ -25,11 +25,17 @@ import torch
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
+sys.path.insert(0, str(ROOT / "tests"))
 
-from _compare import MIB, PeakMemory, _status_bytes  # noqa: E402
 from families import FAMILIES, arguments, build  # noqa: E402
 from gallery import GALLERY, Sizes  # noqa: E402
+
+from autochunk.bench.memory import (  # noqa: E402
+    MIB,
+    PEAK_ENVIRONMENT,
+    PeakMemory,
+    status_bytes,
+)
 
 METHODS = ("float64", "inductor", "autochunk")
 LOSSES = Sizes(batch=4, time=256, hidden=64, vocabulary=32768)
@@ -73,8 +79,7 @@ def main() -> int:
             command = [sys.executable, __file__, "--worker", method, "--results", str(directory)]
             if args.only:
                 command += ["--only", *args.only]
-            # See examples/_compare.py: freed tensors are given back, or the peak is not seen.
-            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+            environment = {**os.environ, **PEAK_ENVIRONMENT}
             subprocess.run(command, check=True, env=environment)
         page, wrong = _page(directory, args.only)
     print(page)
@@ -142,7 +147,7 @@ def _measure(method: str, name: str, entry: Any, directory: Path) -> dict[str, A
                 leaf.grad = None
             memory.start()
             _total(call(**inputs[0]) if isinstance(inputs[0], dict) else call(*inputs)).backward()
-            above = _status_bytes("VmHWM") - memory.base
+            above = status_bytes("VmHWM") - memory.base
     torch.save([leaf.grad for leaf in leaves], directory / f"{method}-{name}.pt")
     rows = [row for report in reports for row in report.rows]
     chunked = [row for row in rows if row.refusal is None]

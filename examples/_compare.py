@@ -9,8 +9,6 @@ hold. A child waits for a line, does a step, and answers with a line of JSON.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import os
@@ -25,10 +23,9 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from autochunk.bench.memory import MIB, PEAK_ENVIRONMENT, PeakMemory, peak_is_readable
 from autochunk.config import OptionError, Options
 from autochunk.report import collect
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--{name} is {value}; it must be at least {least}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this installation of PyTorch sees no CUDA device")
-    if args.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+    if args.device == "cpu" and not peak_is_readable():
         parser.error(
             "--device cpu: peak memory is read from Linux's /proc/self, which is not there or not "
             "writable; run on Linux, or with --device cuda"
@@ -124,40 +121,6 @@ def split(
 
 
 # ---- the child ---------------------------------------------------------------------------------
-
-
-class PeakMemory:
-    """Peak memory between ``start()`` and ``stop()``.
-
-    On the CPU it is the kernel's high-water mark of the process's resident memory, which is reset
-    by ``start``; on CUDA it is the caching allocator's.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def start(self) -> None:
-        gc.collect()
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.base = torch.cuda.memory_allocated()
-            return
-        # The C library would reuse, unseen, what it keeps of freed memory: have it given back.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        self.base = _status_bytes("VmRSS")
-
-    def stop(self) -> tuple[int, int]:
-        """(bytes above what was held at ``start``, bytes in total)."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = _status_bytes("VmHWM")
-        return peak - self.base, peak
 
 
 def work(
@@ -223,23 +186,9 @@ def _sketch(gradient: torch.Tensor | None) -> tuple[float, float]:
     return gradient.double().norm().item(), (gradient.double() * numbers).sum().item()
 
 
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
-
-
 # ---- the parent --------------------------------------------------------------------------------
 
-# glibc keeps freed tensors of up to 32 MiB on its heap, where holes between them count as resident
-# (up to 200 MiB were seen, another number in each run). Beyond a fixed threshold every tensor has
-# pages of its own, and the peak repeats to 0.1 MiB.
-_CHILD_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(MIB),
-    "TQDM_DISABLE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+_CHILD_ENVIRONMENT = {**PEAK_ENVIRONMENT, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def run_methods(methods: Sequence[str], steps: int) -> list[Run]:

@@ -20,10 +20,10 @@ import time
 
 import torch
 import torch.nn.functional as F
-from _compare import MIB, PeakMemory
 from tabulate import tabulate
 
 from autochunk import chunked_linear
+from autochunk.bench.memory import MIB, PEAK_ENVIRONMENT, PeakMemory
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ def main() -> int:
     found = {}
     for form in forms:
         command = [sys.executable, *sys.argv, "--worker", form]
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+        environment = {**os.environ, **PEAK_ENVIRONMENT}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"the process that runs {form} ended with status {done.returncode}; see above")

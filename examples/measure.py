@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 
+from autochunk.bench.memory import MIB, PeakMemory
+
 
 def main() -> int:
     """Measures and prints; returns the exit status."""
@@ -42,18 +44,19 @@ def main() -> int:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, list[float]] = {name: [] for name in steps}
     results: dict[str, tuple[float, float]] = {}
+    memory = PeakMemory(torch.device(args.device))
     for repeat in range(args.steps + 1):  # the first compiles
         for name, step in steps.items():
             for parameter in parameters:
                 parameter.grad = None
-            base = start_peak(args.device)
+            memory.start()
             begin = time.perf_counter()
             loss = step()
             loss.backward()
             synchronize(args.device)
             if repeat:
                 seconds[name].append(time.perf_counter() - begin)
-                peaks[name].append(read_peak(args.device) - base)
+                peaks[name].append(memory.stop()[0] / MIB)
             norm = parameters[0].grad.float().norm().item()
             results[name] = (loss.item(), norm)
             del loss
@@ -143,41 +146,22 @@ def loop(args):
     labels = ids.roll(-1, 1)
     compiled = {name: torch.compile(net, backend=name) for name in ("inductor", "autochunk")}
 
-    def step(name):
-        logits = compiled[name](input_ids=ids).logits
+    def loss(logits):
         return F.cross_entropy(logits.view(-1, args.vocabulary), labels.view(-1))
 
-    return {name: (lambda name=name: step(name)) for name in compiled}, list(net.parameters())
+    compiled_loss = torch.compile(loss, backend="autochunk")
+    steps = {
+        "inductor": lambda: loss(compiled["inductor"](input_ids=ids).logits),
+        "autochunk": lambda: loss(compiled["autochunk"](input_ids=ids).logits),
+        "autochunk, loss compiled": lambda: compiled_loss(compiled["autochunk"](ids).logits),
+    }
+    return steps, list(net.parameters())
 
 
 def synchronize(device: str) -> None:
     """Waits for the device."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-def start_peak(device: str) -> float:
-    """MiB held now; the peak is counted from here on."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return _status("VmRSS")
-
-
-def read_peak(device: str) -> float:
-    """MiB at the peak."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    return _status("VmHWM")
-
-
-def _status(key: str) -> float:
-    with open("/proc/self/status") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields[key].split()[0]) / 2**10
 
 
 if __name__ == "__main__":

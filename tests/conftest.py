@@ -49,6 +49,15 @@ def no_codegen(monkeypatch):
     autochunk.runtime.REGIONS.clear()
 
 
+@pytest.fixture
+def batch():
+    """Token ids and labels of two sequences, below 128; one label is ignored."""
+    torch.manual_seed(1)
+    ids, labels = torch.randint(0, 128, (2, 2, 9))
+    labels[0, 3] = -100
+    return ids, labels
+
+
 _outcomes: Counter[str] = Counter()
 
 

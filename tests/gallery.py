@@ -668,16 +668,9 @@ def info_nce(a, b, scale):
     return F.cross_entropy(logits, torch.arange(a.shape[0]))
 
 
-@entry(
-    "not language models",
-    embeddings,
-    embeddings,
-    log_temperature,
-    expect="mixes-rows",
-    parallel=False,
-    note="rows and columns of the same product are reduced",
-)
+@entry("not language models", embeddings, embeddings, log_temperature)
 def clip(a, b, scale):
+    """Rows and columns of the same product are reduced."""
     a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     logits = scale.exp() * a @ b.T
     y = torch.arange(a.shape[0])

@@ -30,8 +30,9 @@ def test_family(family, no_codegen):
     # Blocks have wide layers of their own; those are left alone.
     codes = {row.refusal.code for row in explained.refused} - {"feeds-layer", "small"}
     if family.expect in ("chunked", "deferred"):
-        assert len(explained.chunked) == 1, str(explained)
-        assert (explained.chunked[0].strategy == "deferred") == (family.expect == "deferred")
+        # Behind a graph break the logits enter another graph, and are chunked there.
+        strategies = [row.strategy == "deferred" for row in explained.chunked]
+        assert strategies == ([True, False] if family.expect == "deferred" else [False])
         assert not codes, str(explained)
     else:
         assert codes == {family.expect}, str(explained)

@@ -221,6 +221,16 @@ def test_min_bytes() -> None:
     assert report_of(min_bytes=logits_bytes).chunked
 
 
+def test_budget_below_one_row() -> None:
+    message = (
+        f"one row of logits takes {V * 4} bytes, more than the budget of 100 bytes; the chunks are "
+        "single rows, which is slow. Give a memory_budget of many rows"
+    )
+    with pytest.warns(UserWarning, match=message):
+        (row,) = report_of(min_bytes=0, memory_budget=100).chunked
+    assert row.chunks == f"{N} × 1"
+
+
 def test_strategies() -> None:
     (fused,) = report_of(min_bytes=0, strategy="fused").chunked
     (recomputed,) = report_of(min_bytes=0, strategy="recompute").chunked

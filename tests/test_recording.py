@@ -39,15 +39,6 @@ def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="autochunk", options={**OPTIONS, **options})
 
 
-@pytest.fixture
-def batch() -> tuple[Tensor, Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(0, VOCABULARY, (2, 9))
-    labels = torch.randint(0, VOCABULARY, (2, 9))
-    labels[0, 3] = -100
-    return ids, labels
-
-
 def _cross_entropy(z, y, **kwargs):
     return F.cross_entropy(z.view(-1, VOCABULARY), y.view(-1), **kwargs)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autochunk import DeferredTensor, recording, runtime
+from autochunk import DeferredTensor, metadata, runtime
 from autochunk.report import Report, collect
 
 VOCABULARY, HIDDEN = 512, 16
@@ -99,8 +99,8 @@ def test_two_hundred_steps():
     assert counts[2][-1] <= 6, "\n".join(map(str, reports))
     assert tensors[2] <= tensors[1]
     assert objects[2] - objects[1] < 35, "objects stay alive, one for each second step"
-    # The logits of one step are 68 KiB; the allocator's own pages come and go.
-    assert min(resident[1] - resident[0], resident[2] - resident[1]) < 2 * MIB
+    # The logits of one step are 68 KiB, of 70 steps 4.7 MiB; the allocator's pages come and go.
+    assert min(resident[1] - resident[0], resident[2] - resident[1]) < 4 * MIB
 
 
 def _compilations(reports: list[Report]) -> list[int]:
@@ -118,7 +118,7 @@ def test_numbers_that_never_repeat(no_codegen):
     with torch.no_grad():
         for i in range(600):
             (step(torch.ones(2, 5, dtype=torch.long)) / (1 + 0.01 * i)).logsumexp(-1)
-            sizes.append((len(fake.cache), recording._shown.cache_info().currsize))
+            sizes.append((len(fake.cache), metadata._shown.cache_info().currsize))
     assert sizes[-1] == sizes[299]
 
 

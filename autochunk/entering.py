@@ -1,0 +1,139 @@
+"""Entering: deferred logits as arguments of another function that this backend compiles.
+
+    loss = compiled_loss(compiled_model(x), y)      # or one function, with a graph break in it
+
+To the first, the second's graph is one more op on its logits: it is evaluated as recorded ops are,
+and the logits never exist. Where that is not possible, the graph is compiled as it is and the
+logits are computed.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from autochunk.deferred import DeferredTensor
+from autochunk.evaluation import Programs, evaluate
+from autochunk.find import is_grad_function, is_inplace, is_random, op_name, source_line
+from autochunk.steps import is_intercepted, is_open, record
+
+LOG = logging.getLogger("autochunk.deferred")
+
+
+def enter(gm: fx.GraphModule, compiler: Callable[..., Any]) -> Entered | None:
+    """The compiled function for a graph with deferred logits among its inputs.
+
+    Args:
+        gm: Dynamo's graph.
+        compiler: Compiles a graph, and refuses where a head is not chunked if ``required``.
+
+    Returns:
+        None if no input is deferred, or if the graph is to be called with the logits' values.
+    """
+    if not _has_deferred(gm):
+        return None
+    reason = _refusal(gm)
+    if reason is not None:
+        LOG.info("logits that enter a compiled function are computed: %s", reason)
+        return None
+    return Entered(as_function(gm.graph), compiler)
+
+
+def _has_deferred(gm: fx.GraphModule) -> bool:
+    """Whether deferred logits that are not computed yet are among a Dynamo graph's inputs."""
+    arguments = [node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder"]
+    examples = [argument.example for argument in arguments if argument is not None]
+    return any(type(example) is DeferredTensor and is_open(example) for example in examples)
+
+
+def _refusal(gm: fx.GraphModule) -> str | None:
+    """Why a graph cannot be evaluated as an op on its inputs, if it cannot."""
+    for node in gm.graph.nodes:
+        name = op_name(node)
+        if isinstance(node.target, torch._ops.HigherOrderOperator) or is_grad_function(node.target):
+            return f"{name} is a higher-order op, {source_line(node)}"
+        if node.op in ("call_module", "get_attr"):
+            return f"{name} is an attribute"
+        if name.endswith("_increment_nesting"):
+            return f"inside of a torch.func transform, {source_line(node)}"
+        if is_random(node):
+            return f"{name} may be random, {source_line(node)}"
+        if is_inplace(node):
+            return f"{name} writes to a tensor, {source_line(node)}"
+    return None
+
+
+def as_function(graph: fx.Graph) -> Callable[..., Any]:
+    """A graph as a Python function whose statements are where the user's are."""
+    code = graph.python_code("self")
+    (function,) = ast.parse(code.src.strip()).body
+    assert isinstance(function, ast.FunctionDef)
+    function.name = "entered"
+    function.args.args.pop(0)  # self
+    lines = {node.name: _line_of(node) for node in graph.nodes}
+    files = Counter(line[0] for line in lines.values() if line)
+    file = files.most_common(1)[0][0] if files else "<unknown>"
+    number = min((line[1] for line in lines.values() if line and line[0] == file), default=1)
+    for part in ast.walk(function.args):
+        _move(part, number)
+    for statement in function.body:
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        line = lines.get(target.id) if isinstance(target, ast.Name) else None
+        number = line[1] if line and line[0] == file else number
+        for part in ast.walk(statement):
+            _move(part, number)
+    _move(function, number)
+    names = dict(code.globals)
+    exec(compile(ast.Module([function], []), file, "exec"), names)
+    entered: Callable[..., Any] = names["entered"]
+    return entered
+
+
+def _line_of(node: fx.Node) -> tuple[str, int] | None:
+    found = re.match(r"(.*?):(\d+)(:|$)", source_line(node))
+    return (found[1], int(found[2])) if found else None
+
+
+def _move(part: ast.AST, line: int) -> None:
+    if hasattr(part, "lineno"):
+        part.lineno = part.end_lineno = line  # type: ignore[attr-defined]
+
+
+class Entered:
+    """A compiled function that deferred logits are passed to."""
+
+    def __init__(self, function: Callable[..., Any], compiler: Callable[..., Any]) -> None:
+        self._function = function
+        self._programs = Programs(functools.partial(compiler, required=True))
+        alone = functools.partial(compiler, required=False)
+        self._alone = torch.compile(function, backend=alone, fullgraph=True)
+
+    def __call__(self, *args: Any) -> Any:
+        found = self._evaluate(args)
+        if found is not NotImplemented:
+            return found
+        values = [a.materialize() if type(a) is DeferredTensor else a for a in args]
+        try:
+            return self._alone(*values)
+        except torch._dynamo.exc.Unsupported as error:
+            LOG.warning("a graph that deferred logits enter runs op by op: %s", error.msg)
+            return self._function(*values)
+
+    def _evaluate(self, args: Sequence[Any]) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        deferred = [tensor for tensor in tensors if type(tensor) is DeferredTensor]
+        if not deferred or is_intercepted() or not all(map(is_open, deferred)):
+            return NotImplemented
+        leaves, spec = pytree.tree_flatten((args, {}))
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        step = record(self._function, self._function, leaves, spec, (float, int))
+        return evaluate(step, self._programs, needs_grad)

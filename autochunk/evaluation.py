@@ -1,0 +1,354 @@
+"""Evaluation: an expression of deferred logits with a narrow result, as one compiled function."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from autochunk.deferred import DeferredTensor, Formula, no_saved_tensors_hooks
+from autochunk.steps import (
+    Step,
+    StepFormula,
+    edge,
+    gradients,
+    modes_of_backward,
+    numbers_of,
+    single_rows,
+)
+from autochunk.types import RefusedError
+
+LOG = logging.getLogger("autochunk.deferred")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled expression, and what it is called with.
+
+    Attributes:
+        run: Takes the values of ``inputs``.
+        others: Tensors that the formulas and the recorded steps read.
+        own: Tensors among the arguments of the last op that are not deferred.
+        inputs: For each argument ``("other", i)``, ``("own", i)`` or ``("number", value)``.
+        formulas: Of all deferred tensors in it.
+    """
+
+    run: Callable[..., Any]
+    others: tuple[Tensor, ...]
+    own: tuple[Tensor, ...]
+    inputs: tuple[tuple[str, Any], ...]
+    formulas: tuple[Any, ...]
+
+    def call(self, others: Sequence[Tensor], own: Sequence[Tensor]) -> Any:
+        values = {"other": others, "own": own}
+        args = [v if kind == "number" else values[kind][v] for kind, v in self.inputs]
+        return self.run(*args)
+
+
+class _Writer:
+    """Writes an expression as a Python function; equal ones give the same source."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.lines: list[tuple[str, tuple[str, int] | None]] = []
+        self.names: dict[str, Any] = {"torch": torch}
+        self.key: list[Any] = []
+        self.inputs: list[tuple[str, Any]] = []
+        self.others: list[Tensor] = []
+        self.own: list[Tensor] = []
+        self.formulas: list[Any] = []
+        self._written: dict[int, str] = {}
+
+    def tensor(self, tensor: Tensor, into: str) -> str:
+        known = self.others if into == "other" else self.own
+        for i, other in enumerate(known):
+            if other is tensor:
+                return f"a{self.inputs.index((into, i))}"
+        known.append(tensor)
+        self.inputs.append((into, len(known) - 1))
+        return f"a{len(self.inputs) - 1}"
+
+    def number(self, value: Any) -> str:
+        self.inputs.append(("number", value))
+        return f"a{len(self.inputs) - 1}"
+
+    def deferred(self, tensor: DeferredTensor) -> str:
+        if id(tensor) in self._written:
+            return self._written[id(tensor)]
+        formula = tensor._formula
+        self.formulas.append(formula)
+        if isinstance(formula, Formula):
+            args = [
+                self.tensor(i, "other") if isinstance(i, Tensor) else self.number(i)
+                for i in formula.inputs
+            ]
+            name = f"g{len(self.names)}"
+            self.names[name] = formula.graph
+            self.key.append((name, id(formula.graph)))
+            source, line = f"{name}({', '.join(args)})", None
+        else:
+            assert isinstance(formula, StepFormula)
+            source, line = self.call(formula.step, "other"), formula.step.line
+        source = source if formula.requires_grad else f"({source}).detach()"
+        result = f"v{len(self.lines)}"
+        self.write(f"{result} = {source}", line, getattr(formula, "step", None))
+        self._written[id(tensor)] = result
+        return result
+
+    def call(self, step: Step, tensors: str) -> str:
+        numbers = numbers_of(step)
+        given = list(step.leaves)
+        single = single_rows(step)
+        for position, _, _ in single:
+            given[position] = 0
+        leaves = [
+            self.deferred(leaf)
+            if type(leaf) is DeferredTensor
+            else self.tensor(leaf, tensors)
+            if isinstance(leaf, Tensor)
+            else self.number(leaf)
+            if type(leaf) in step.numbers
+            else self.constant(leaf, i in numbers)
+            for i, leaf in enumerate(given)
+        ]
+        for _, dim, index in single:
+            leaves[0] = f"{leaves[0]}.index_select({dim}, {self.tensor(index, 'other')})"
+        args, kwargs = pytree.tree_unflatten([_Source(leaf) for leaf in leaves], step.spec)
+        written = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
+        spelling = step.spelling
+        if isinstance(spelling, str):
+            return f"{written[0]}.{spelling}({', '.join(written[1:])})"
+        name = f"f_{getattr(spelling, '__name__', 'graph').strip('_<>')}{id(spelling)}"
+        self.names[name] = spelling
+        return f"{name}({', '.join(written)})"
+
+    def constant(self, leaf: Any, may_change: bool) -> str:
+        if isinstance(leaf, slice) and may_change:
+            start, stop = (self.constant(x, True) for x in (leaf.start, leaf.stop))
+            return f"slice({start}, {stop}, {leaf.step})"
+        if type(leaf) is int and abs(leaf) > 1 and may_change:
+            return self.number(leaf) if leaf > 0 else f"-{self.number(-leaf)}"
+        if leaf is Ellipsis:
+            return "..."
+        if isinstance(leaf, torch.Size):
+            return repr(tuple(leaf))
+        if isinstance(leaf, torch.device):
+            return f"torch.{leaf!r}"
+        return repr(leaf)
+
+    def write(self, source: str, line: tuple[str, int] | None, step: Step | None) -> None:
+        if step is not None and step.autocast[0]:
+            dtype = step.autocast[1]
+            source = f"with torch.autocast({self.device!r}, dtype={dtype}):\n        {source}"
+        self.lines.append((source, line))
+
+    def compile(self, last: Step, compiler: Any) -> Callable[..., Any]:
+        """The function, whose lines are where the user's are."""
+        args = ", ".join(f"a{i}" for i in range(len(self.inputs)))
+        name = f"deferred_logits_{next(_numbers)}"
+        text = [f"def {name}({args}):", *(f"    {source}" for source, _ in self.lines)]
+        tree = ast.parse("\n".join(text))
+        (function,) = tree.body
+        assert isinstance(function, ast.FunctionDef)
+        file, number = last.line
+        for statement, (_, line) in zip(function.body, self.lines, strict=True):
+            at = line[1] if line is not None and line[0] == file else number
+            for node in ast.walk(statement):
+                if isinstance(node, ast.stmt | ast.expr | ast.keyword):
+                    node.lineno = node.end_lineno = at
+        function.lineno = function.end_lineno = number
+        exec(compile(tree, file, "exec"), self.names)
+        return torch.compile(self.names[name], backend=compiler, fullgraph=True)
+
+
+class _Source(str):
+    """Source code that is its own ``repr``, so that containers print as code."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """The compiled expressions of one graph's logits. They live as long as the compiled graph.
+
+    Attributes:
+        compiler: Dynamo's compiler function for them.
+        made: By their source; None for one that cannot be chunked.
+    """
+
+    compiler: Callable[..., Any]
+    made: dict[Any, Callable[..., Any] | None] = field(default_factory=dict)
+
+
+#: Expressions that are compiled before recording is given up: each differs from all others.
+_MOST_PROGRAMS = 200
+
+
+def evaluate(step: Step, programs: Programs, needs_grad: bool) -> Any:
+    """The results of a step, from the formulas of the logits that it reads.
+
+    Args:
+        step: Its deferred tensors are open (:func:`autochunk.steps.is_open`).
+        programs: Their compiler raises RefusedError where the logits cannot be left out.
+        needs_grad: Whether a result may have a gradient.
+
+    Returns:
+        What the op returns; ``NotImplemented`` if it is to be called with the values instead.
+    """
+    writer = _Writer(step.device)
+    result = writer.call(step, "own")
+    writer.write(f"r = {result}", step.line, step)
+    writer.lines.append(("return r", step.line))
+    code = "\n".join(line for line, _ in writer.lines)
+    key = (code, tuple(writer.key), len(writer.inputs))
+    if key not in programs.made:
+        if len(programs.made) >= _MOST_PROGRAMS:
+            LOG.info("%s:%s: cannot be chunked: too many different expressions", *step.line)
+            return NotImplemented
+        programs.made[key] = writer.compile(step, programs.compiler)
+    run = programs.made[key]
+    if run is None:
+        return NotImplemented
+    program = Program(
+        run=run,
+        others=tuple(writer.others),
+        own=tuple(writer.own),
+        inputs=tuple(writer.inputs),
+        formulas=tuple(writer.formulas),
+    )
+    try:
+        results = _run(program, step, needs_grad)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        LOG.info("%s:%s: cannot be chunked: Dynamo's recompile limit is reached", *step.line)
+        return NotImplemented
+    except (RefusedError, torch._dynamo.exc.Unsupported) as error:
+        programs.made[key] = None
+        refusal = getattr(error, "refusal", None)
+        reason = (
+            f"{refusal.code}, {refusal.detail}" if refusal is not None else type(error).__name__
+        )
+        LOG.info("%s:%s: cannot be chunked: %s", *step.line, reason)
+        return NotImplemented
+    return results
+
+
+def _run(program: Program, step: Step, needs_grad: bool) -> Any:
+    if not needs_grad:
+        with _alone(program), torch.no_grad():
+            return program.call(program.others, program.own)
+    tensors = (*program.others, *program.own)
+    edges = [edge(step.leaves[i]) for i in step.deferred]
+    kept: list[Any] = []
+    outputs = _Evaluated.apply(program, step, kept, len(edges), *edges, *tensors)
+    for i in step.deferred:
+        formula = step.leaves[i]._formula
+        if isinstance(formula, StepFormula):
+            formula.used = True
+    (spec,) = kept
+    return pytree.tree_unflatten(outputs, spec)
+
+
+@contextlib.contextmanager
+def _alone(program: Program) -> Iterator[None]:
+    """The modes that a program itself sets are off around it."""
+    with torch.autocast(program.formulas[0].root.device, enabled=False), no_saved_tensors_hooks():
+        yield
+
+
+class _Evaluated(torch.autograd.Function):
+    """The results of a program, as a function of its tensors and of the deferred ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, program: Program, step: Step, kept: list[Any], n_edges: int, *tensors: Tensor
+    ) -> Any:
+        tensors = tensors[n_edges:]
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        n = len(program.others)
+        with torch.enable_grad(), _alone(program):
+            results = program.call(leaves[:n], leaves[n:])
+        found, spec = pytree.tree_flatten(results)
+        kept.append(spec)
+        ctx.program, ctx.step, ctx.n_edges = program, step, n_edges
+        ctx.leaves, ctx.results = leaves, found
+        ctx.save_for_backward(*tensors)
+        outputs = tuple(_fresh(result) for result in found)
+        ctx.mark_non_differentiable(
+            *(
+                output
+                for output, result in zip(outputs, found, strict=True)
+                if isinstance(result, Tensor) and not result.requires_grad
+            )
+        )
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        _ = ctx.saved_tensors  # raises what eager PyTorch raises if one was modified or freed
+        edges, tensors = (
+            ctx.needs_input_grad[4 : 4 + ctx.n_edges],
+            ctx.needs_input_grad[4 + ctx.n_edges :],
+        )
+        # Compiled code has no second derivative.
+        if torch.is_grad_enabled() or any(formula.seen for formula in ctx.program.formulas):
+            return None, None, None, None, *_through_logits(ctx, upstream, edges, tensors)
+        pairs = [
+            (result, grad)
+            for result, grad in zip(ctx.results, upstream, strict=True)
+            if isinstance(result, Tensor) and result.requires_grad
+        ]
+        leaves = [leaf for leaf, want in zip(ctx.leaves, tensors, strict=True) if want]
+        found = iter(
+            torch.autograd.grad(
+                [r for r, _ in pairs],
+                leaves,
+                [g for _, g in pairs],
+                retain_graph=torch._C._autograd._get_current_graph_task_keep_graph(),
+                allow_unused=True,
+            )
+        )
+        direct = [next(found) if want else None for want in tensors]
+        return None, None, None, None, *[None] * ctx.n_edges, *direct
+
+
+def _through_logits(
+    ctx: Any, upstream: Sequence[Any], edges: Sequence[bool], tensors: Sequence[bool]
+) -> list[Any]:
+    """Gradients with respect to the deferred tensors, from which they flow on."""
+    step, n_others = ctx.step, len(ctx.program.others)
+    own = iter(tensors[n_others:])
+    wants = {id(t): want for t, want in zip(ctx.program.own, own, strict=False)}
+    deferred_wants = iter(edges)
+    wanted = [
+        next(deferred_wants) if i in step.deferred else wants[id(step.leaves[i])]
+        for i in step.tensors
+    ]
+    with modes_of_backward(ctx.program.formulas[0].root):
+        found = dict(zip(step.tensors, gradients(step, upstream, wanted), strict=True))
+    by_id = {id(step.leaves[i]): g for i, g in found.items() if i not in step.deferred}
+    return [
+        *(found[i] for i in step.deferred),
+        *[None] * n_others,
+        *(by_id[id(t)] for t in ctx.program.own),
+    ]
+
+
+def _fresh(result: Any) -> Any:
+    """A result outside of the program's own autograd graph, that may be modified in place."""
+    if not isinstance(result, Tensor):
+        return result
+    return torch.empty(0, dtype=result.dtype, device=result.device).set_(result.detach())

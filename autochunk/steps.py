@@ -1,0 +1,331 @@
+"""Steps: ops on deferred logits that are remembered, and values that are made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from autochunk.deferred import DeferredTensor, Formula, StaleError
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """An op that was recorded.
+
+    Attributes:
+        func: As ``__torch_function__`` was told; or a graph.
+        spelling: How a program calls it: a method's name, or a function.
+        leaves, spec: Its arguments, flattened.
+        deferred: Positions of those that were deferred tensors.
+        versions: Of the other tensors.
+        grad: Whether gradients were on.
+        autocast: Of the device, as ``(enabled, dtype)``.
+        device: Type of the device.
+        line: ``(file, line)`` of the user's code.
+        numbers: Types of its arguments that may be other ones in the next step of a training.
+    """
+
+    func: Any
+    spelling: str | Callable[..., Any]
+    leaves: tuple[Any, ...]
+    spec: Any
+    deferred: tuple[int, ...]
+    versions: tuple[int, ...]
+    grad: bool
+    autocast: tuple[bool, torch.dtype]
+    device: str
+    line: tuple[str, int]
+    numbers: tuple[type, ...] = (float,)
+
+    def call(self, leaves: Sequence[Any], grad: bool = True) -> Any:
+        """Does it, in the modes of then."""
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        with torch.set_grad_enabled(self.grad and grad), self.autocast_then():
+            return self.func(*args, **kwargs)
+
+    def autocast_then(self) -> contextlib.AbstractContextManager[Any]:
+        enabled, dtype = self.autocast
+        return torch.autocast(self.device, dtype=dtype, enabled=enabled)
+
+    def changed(self) -> bool:
+        """Whether a tensor was modified in place since, those that were deferred left out."""
+        return self.versions != _versions(self.leaves, self.deferred)
+
+    @property
+    def root(self) -> Formula:
+        """The formula of the logits it reads (the largest, of several)."""
+        roots: list[Formula] = [self.leaves[i]._formula.root for i in self.deferred]
+        return max(roots, key=lambda root: root.numel)
+
+    @property
+    def tensors(self) -> list[int]:
+        """Positions of the tensors."""
+        return [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+
+
+def record(
+    func: Any,
+    spelling: str | Callable[..., Any],
+    leaves: Sequence[Any],
+    spec: Any,
+    numbers: tuple[type, ...] = (float,),
+) -> Step:
+    """The step that an op called now would be; some of its ``leaves`` are deferred tensors."""
+    at = tuple(i for i, leaf in enumerate(leaves) if type(leaf) is DeferredTensor)
+    device = leaves[at[0]].device.type
+    return Step(
+        func=func,
+        spelling=spelling,
+        leaves=tuple(leaves),
+        spec=spec,
+        deferred=at,
+        versions=_versions(leaves, at),
+        grad=torch.is_grad_enabled(),
+        autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+        device=device,
+        line=user_line(),
+        numbers=numbers,
+    )
+
+
+def _versions(leaves: Sequence[Any], deferred: Sequence[int]) -> tuple[int, ...]:
+    return tuple(
+        0 if leaf.is_inference() else leaf._version
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and i not in deferred
+    )
+
+
+def user_line() -> tuple[str, int]:
+    """Where the user's code is: the innermost frame outside of PyTorch and this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("torch.", "autochunk.")) and name != "torch":
+            break
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+class StepFormula:
+    """How a recorded value is computed: for what has been told of the wrapper by autograd or C++.
+
+    The interface of :class:`autochunk.deferred.Formula`.
+
+    Attributes:
+        root: The formula of the logits it is made of (the largest, of several).
+        is_view: Whether the value shares memory with a deferred tensor's.
+        filled, seen: As there.
+        used: Whether something evaluated leads to the wrapper in the autograd graph.
+    """
+
+    def __init__(self, step: Step, root: Formula, requires_grad: bool, is_view: bool) -> None:
+        self.step = step
+        self.root = root
+        self.requires_grad = requires_grad
+        self.is_view = is_view
+        self.filled = False
+        self.seen = False
+        self.used = False
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [edge(self.step.leaves[i]) for i in self.step.tensors]
+
+    def fill(self, plain: Tensor) -> None:
+        """Gives ``plain`` its value, once."""
+        if not self.filled:
+            plain.data = self.compute()
+            self.filled = True
+
+    def compute(self) -> Tensor:
+        """The value, without its history."""
+        self._check()
+        with self.root.ambient(), torch.no_grad():
+            leaves = [_value(leaf) for leaf in self.step.leaves]
+            return self.step.call(leaves, grad=False).detach()
+
+    def ordinary(self, plain: Tensor) -> Tensor:
+        """The tensor that the wrapper becomes: with the history that eager PyTorch would give."""
+        if self.used:
+            self.fill(plain)
+            return plain
+        self._check()
+        leaves = list(self.step.leaves)
+        for i in self.step.deferred:
+            if type(leaves[i]) is DeferredTensor:
+                leaves[i] = leaves[i].materialize()
+        with torch.inference_mode(self.root.inference):
+            return self.step.call(leaves)
+
+    def _check(self) -> None:
+        stale = self.step.changed()
+        for i in self.step.deferred:
+            parent = self.step.leaves[i]
+            modified = type(parent) is not DeferredTensor and parent._version > 0
+            stale = stale or (modified and not self.is_view)
+        if stale:
+            name = getattr(self.step.func, "__name__", str(self.step.func))
+            raise StaleError(
+                f"autochunk: {name} at {':'.join(map(str, self.step.line))} was deferred, and a "
+                "tensor that it reads has since been modified in place, so its value can no "
+                "longer be computed; use it before that, or call .materialize() on it"
+            )
+
+    def gradients(self, upstream: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients with respect to the ``wanted`` ones of ``tensors``."""
+        with modes_of_backward(self.root):
+            return gradients(self.step, [upstream], wanted)
+
+
+def edge(leaf: Tensor) -> Tensor:
+    """What stands for a tensor in the autograd graph."""
+    return leaf._plain if type(leaf) is DeferredTensor else leaf
+
+
+def _value(leaf: Any) -> Any:
+    """A leaf to compute with; a deferred one's value is not kept."""
+    if type(leaf) is not DeferredTensor:
+        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+    assert leaf._formula is not None
+    return leaf._plain.detach() if leaf._formula.filled else leaf._formula.compute()
+
+
+@contextlib.contextmanager
+def modes_of_backward(root: Formula) -> Iterator[None]:
+    create_graph = torch.is_grad_enabled()
+    with root.ambient(), torch.set_grad_enabled(create_graph):
+        yield
+
+
+def gradients(step: Step, upstream: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """Gradients of a step's results with respect to the tensors among its leaves."""
+    leaves = list(step.leaves)
+    create_graph = torch.is_grad_enabled()
+    for i, want in zip(step.tensors, wanted, strict=True):
+        if create_graph:
+            leaf = leaves[i]
+            whole = leaf.materialize() if type(leaf) is DeferredTensor else leaf
+            leaves[i] = whole.view_as(whole)
+        else:
+            leaves[i] = _value(leaves[i]).requires_grad_(want)
+    with torch.enable_grad():
+        results = step.call(leaves)
+    pairs = [
+        (output, grad)
+        for output, grad in zip(pytree.tree_flatten(results)[0], upstream, strict=True)
+        if isinstance(output, Tensor) and output.requires_grad
+    ]
+    inputs = [leaves[i] for i, want in zip(step.tensors, wanted, strict=True) if want]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            inputs,
+            [g for _, g in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if want else None for want in wanted]
+
+
+def is_intercepted() -> bool:
+    """Whether something watches what PyTorch does: it is shown the plain op."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+        or torch.is_anomaly_enabled()
+    )
+
+
+def is_open(tensor: DeferredTensor) -> bool:
+    """Whether a value is not there yet, can be computed, and its gradient interests nobody."""
+    formula, plain = tensor._formula, tensor._plain
+    if formula is None or formula.filled or formula.seen or tensor.is_shared_with_cpp():
+        return False
+    if formula.root.inference != torch.is_inference_mode_enabled():
+        return False
+    if plain._backward_hooks or plain.retains_grad:
+        return False
+    if isinstance(formula, Formula):
+        return formula.compiler is not None and not formula.stale()
+    parents = [formula.step.leaves[i] for i in formula.step.deferred]
+    return not formula.step.changed() and all(
+        type(parent) is DeferredTensor and is_open(parent) for parent in parents
+    )
+
+
+#: Their numbers are sizes.
+_SIZED = {Tensor.view, Tensor.reshape, Tensor.expand, torch.reshape}
+_NARROW = {Tensor.narrow, torch.narrow}
+
+
+def numbers_of(step: Step) -> set[int]:
+    """Positions of the leaves that address rows or give sizes, and may change from call to call."""
+    x = step.leaves[0]
+    features = {step.leaves[i]._formula.root.features for i in step.deferred}
+    args, kwargs = pytree.tree_unflatten(range(len(step.leaves)), step.spec)
+    if step.func in _SIZED:
+        sizes = range(1, len(step.leaves))
+        return {i for i in sizes if step.leaves[i] not in features}
+    if type(x) is not DeferredTensor:
+        return set()
+    if step.func in _NARROW:
+        named = dict(zip(("input", "dim", "start", "length"), args, strict=False)) | kwargs
+        dim = step.leaves[named["dim"]]
+        return set() if x.shape[dim] in features else {named["start"], named["length"]}
+    return {position for position, _, item in _row_indices(step) if isinstance(item, slice)}
+
+
+def _row_indices(step: Step) -> list[tuple[int, int, Any]]:
+    """Of ``logits[…]`` the slices and numbers of rows: position of the leaf, dimension, leaf."""
+    x = step.leaves[0]
+    if step.func is not Tensor.__getitem__ or type(x) is not DeferredTensor:
+        return []
+    args, _ = pytree.tree_unflatten(range(len(step.leaves)), step.spec)
+    positions = args[1] if isinstance(args[1], tuple) else (args[1],)
+    items = [step.leaves[i] if isinstance(i, int) else i for i in positions]
+    dims = dims_indexed(x.dim(), items)
+    return [
+        (position, dim, item)
+        for position, item, dim in zip(positions, items, dims, strict=True)
+        if type(item) in (int, slice) and x.shape[dim] != x._formula.root.features
+    ]
+
+
+def single_rows(step: Step) -> list[tuple[int, int, Tensor]]:
+    """Numbers of rows, ``i`` in ``logits[i]``, as tensors: all turns of a loop are one program.
+
+    Returns:
+        For each the position of the leaf, the dimension, and the number.
+    """
+    x = step.leaves[0]
+    return [
+        (position, dim, torch.tensor([item % x.shape[dim]], device=x.device))
+        for position, dim, item in _row_indices(step)
+        if type(item) is int and x.shape[dim] > 1 and (dim == 0 or abs(item) > 1)
+    ]
+
+
+def dims_indexed(n_dims: int, items: Sequence[Any]) -> list[int]:
+    """The dimension that each item of an index begins at."""
+    taken = [_dims_taken(item) for item in items]
+    rest = n_dims - sum(taken)
+    widths = [rest if i is Ellipsis else n for i, n in zip(items, taken, strict=True)]
+    return list(itertools.accumulate(widths, initial=0))[:-1]
+
+
+def _dims_taken(index: Any) -> int:
+    """Dimensions of a tensor that are addressed by one of its indices."""
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        return index.dim()
+    return 0 if index is None or index is Ellipsis or isinstance(index, bool) else 1
