@@ -1,14 +1,14 @@
 """Body: a region's graph as a compiled kernel for one chunk of rows.
 
     1. Trace value and vjp of the body through autograd, with the chunk's shape.
-    2. Run Inductor's joint-graph passes, as AOTAutograd would.
+    2. Run Inductor's joint-graph passes, as AOTAutograd would, and those of ``gathers``.
     3. Peel the matrix products off, so that the loop does them in place:
          first    a product of two inputs (the head) fills the chunk's one logits buffer;
          last     a gradient that ends in a product leaves the graph as its two factors, and a
                   factor of the buffer's shape and dtype overwrites the buffer.
        What is left is row-wise work that reads the logits and writes their gradient over them.
-    4. Compile it with Inductor. One kernel serves all chunks; a symbolic number of rows is
-       compiled once for all numbers of rows.
+    4. Choose the layout of the buffer (``layout``) and compile with Inductor. One kernel serves
+       all chunks; a symbolic number of rows is compiled once for all numbers of rows.
 
 All of this happens while the backend runs: autograd and the compiler cannot be entered from
 inside the op that runs the loop.
@@ -36,14 +36,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from autochunk.gathers import (
+    gather_masked,
+    hoist_gathers,
+    scatter_compared,
+    simplify_masked_sums,
+)
+from autochunk.layout import transpose_buffers
+
 aten = torch.ops.aten
 
 #: The smallest number of rows a kernel with symbolic rows is run with (sizes 0 and 1 are special
 #: to the compiler).
 MIN_SYMBOLIC_ROWS = 2
-
-#: Widths of an index up to which a scatter is written as comparisons, which fuse.
-_MAX_COMPARED = 4
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class Kernel:
         symbolic: Whether it takes any number of rows.
         values: Number of outputs of the region, which the results begin with.
         heads: Products that fill the buffers.
+        transposed: Whether the buffers lie transposed in memory (see ``layout``).
         row_grads, shared_grads: How to make the gradients.
         graph: The graph that was compiled, for the debug directory.
     """
@@ -138,6 +144,7 @@ class Kernel:
     symbolic: bool
     values: int
     heads: tuple[Head, ...]
+    transposed: bool
     row_grads: tuple[Gradient, ...]
     shared_grads: tuple[Gradient, ...]
     graph: str
@@ -162,19 +169,23 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool, overwrite: bool =
         inductor_config.patch(_inductor_config(spec)),
     ):
         inputs = _fakes(spec, fake_mode, shape_env, cotangents=grads)
-        with fake_mode, enable_python_dispatcher(), torch.no_grad():
-            gm = make_fx(
-                _function(spec, values=values, grads=grads),
-                decomposition_table={**select_decomp_table(), **_decompositions(spec)},
-                tracing_mode="real",
-            )(*inputs)
-        gm = joint_graph_passes(gm)
+        function = _function(spec, values=values, grads=grads)
+        ours: dict[Any, Callable[..., Any]] = {}
         if spec.checked:
-            _simplify(gm)
+            ours[aten.scatter_add.default] = scatter_compared
+        gm = _trace(function, inputs, fake_mode, ours)
+        if not hoist_gathers(gm, fake_mode) and spec.checked:
+            ours[aten.gather.default] = gather_masked
+            gm = _trace(function, inputs, fake_mode, ours)
+        if spec.checked:
+            simplify_masked_sums(gm)
         n_values = len(spec.outputs) if values else 0
         n_row_grads = len(spec.row_grads) if grads else 0
         n_inputs = len(spec.rows) + len(spec.shared)
         heads, gradients = _peel(gm, n_inputs, n_values, overwrite)
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        buffers = placeholders[len(placeholders) - len(heads) :]
+        transposed = transpose_buffers(gm, buffers, fake_mode)
         inputs = [p.meta["val"] for p in gm.graph.nodes if p.op == "placeholder"]
         graph = gm.print_readable(print_output=False)
         try:
@@ -193,10 +204,26 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool, overwrite: bool =
         symbolic=spec.symbolic,
         values=n_values,
         heads=heads,
+        transposed=transposed,
         row_grads=gradients[:n_row_grads],
         shared_grads=gradients[n_row_grads:],
         graph=graph,
     )
+
+
+def _trace(
+    function: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    fake_mode: FakeTensorMode,
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> fx.GraphModule:
+    with fake_mode, enable_python_dispatcher(), torch.no_grad():
+        gm = make_fx(
+            function,
+            decomposition_table={**select_decomp_table(), **decompositions},
+            tracing_mode="real",
+        )(*inputs)
+    return joint_graph_passes(gm)
 
 
 def _inductor_config(spec: BodySpec) -> dict[str, Any]:
@@ -269,112 +296,7 @@ def _function(spec: BodySpec, *, values: bool, grads: bool) -> Callable[..., lis
     return function
 
 
-def _one_hot(index: torch.Tensor, dim: int, size: int, n_dims: int) -> torch.Tensor:
-    shape = [1] * n_dims
-    shape[dim] = size
-    # int32 lanes match float32 ones, which halves the cost of the comparison.
-    iota = torch.arange(size, device=index.device, dtype=torch.int32).view(shape)
-    return iota == index.to(torch.int32)
-
-
-def _fits(x: torch.Tensor, dim: int, *others: torch.Tensor) -> bool:
-    """Whether few indices per row are used, one for each place of all other dimensions."""
-    rest = [d for d in range(x.dim()) if d != dim]
-    index = others[0]
-    return (
-        x.dim() > 0
-        and isinstance(index.shape[dim], int)
-        and index.shape[dim] <= _MAX_COMPARED
-        and all(o.shape[d] == x.shape[d] for d in rest for o in others)
-    )
-
-
-def _scatter_add(x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor) -> torch.Tensor:
-    """The gradient of a gather of few indices, as comparisons that fuse with their neighbours.
-
-    ``x + Σ_j where(iota == index[:, j], src[:, j], 0)``; without it Inductor keeps a chunk-sized
-    buffer of zeros to scatter into.
-    """
-    dim = dim % max(x.dim(), 1)
-    if not _fits(x, dim, index, src):
-        return NotImplemented
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    for j in range(index.shape[dim]):
-        hot = _one_hot(index.narrow(dim, j, 1), dim, x.shape[dim], x.dim())
-        x = x + torch.where(hot, src.narrow(dim, j, 1), zero)
-    return x
-
-
-def _gather(
-    x: torch.Tensor, dim: int, index: torch.Tensor, sparse_grad: bool = False
-) -> torch.Tensor:
-    """A gather of one index per row as a masked sum, on the CPU.
-
-    It reads each element where it stands, so that the logits can be overwritten by their
-    gradient in the same kernel. The indices have been checked before the loop. Sums of one
-    number and zeros are exact. On CUDA the gather stays, and with it the device's assertion.
-    """
-    dim = dim % max(x.dim(), 1)
-    if x.device.type != "cpu" or not x.is_floating_point() or not _fits(x, dim, index):
-        return NotImplemented
-    if index.shape[dim] != 1:
-        return NotImplemented
-    hot = _one_hot(index, dim, x.shape[dim], x.dim())
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.where(hot, x, zero).sum(dim, keepdim=True, dtype=x.dtype)
-
-
-def _decompositions(spec: BodySpec) -> dict[Any, Callable[..., Any]]:
-    """Ours besides Inductor's; comparisons need indices that are known to be in range."""
-    if not spec.checked:
-        return {}
-    return {aten.scatter_add.default: _scatter_add, aten.gather.default: _gather}
-
-
 # ---- the traced graph ------------------------------------------------------------------------
-
-
-def _simplify(gm: fx.GraphModule) -> None:
-    """``sum(where(iota == index, value, 0))`` → ``value``, as every index is in range.
-
-    It comes from ``log_softmax``'s derivative, which sums the gradient of the gather.
-    """
-    for node in list(gm.graph.nodes):
-        if node.target is not aten.sum.dim_IntList or len(node.args) < 3 or not node.args[2]:
-            continue
-        where, dims = node.args[0], node.args[1]
-        if where.target is not aten.where.self or len(dims) != 1:
-            continue
-        hot, value, zero = where.args
-        if not _is_one_hot(hot, dims[0]) or not _is_zero(zero):
-            continue
-        if tuple(value.meta["val"].shape) != tuple(node.meta["val"].shape):
-            continue
-        if value.meta["val"].dtype != node.meta["val"].dtype:
-            continue
-        node.replace_all_uses_with(value)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-
-
-def _is_one_hot(node: fx.Node, dim: int) -> bool:
-    if node.target is not aten.eq.Tensor:
-        return False
-    iota, index = node.args[0], node.args[1]
-    ndim = node.meta["val"].dim()
-    dim = dim % ndim
-    if index.meta["val"].dim() != ndim or index.meta["val"].shape[dim] != 1:
-        return False
-    while iota.target in (aten.view.default, aten.reshape.default, aten.unsqueeze.default):
-        iota = iota.args[0]
-    if iota.target is not torch.ops.prims.iota.default:
-        return False
-    starts = iota.kwargs.get("start"), iota.kwargs.get("step")
-    return starts == (0, 1) and iota.args[0] == node.meta["val"].shape[dim]
-
-
-def _is_zero(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.full.default and node.args[1] == 0
 
 
 def _peel(

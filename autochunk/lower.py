@@ -408,9 +408,8 @@ def _numbers_to_tensors(gm: fx.GraphModule) -> None:
     """``logits / s`` of a symbolic number → of a tensor without dimensions, an input like others.
 
     A Python float that changes from call to call (a schedule's temperature) arrives as such a
-    number. Both kinds of operand take part in type promotion alike where the other has dimensions.
-    The tensor is made by a product: the only way from a float to a tensor at which AOTAutograd
-    does not specialise the graph to the float's present value.
+    number. The tensor is made by a product: the only way from a float to a tensor at which
+    AOTAutograd does not specialise the graph to the float's present value.
     """
     for node in list(gm.graph.nodes):
         target = _WITH_TENSOR.get(node.target, node.target)
@@ -421,7 +420,8 @@ def _numbers_to_tensors(gm: fx.GraphModule) -> None:
             number = arg.meta.get("val") if isinstance(arg, fx.Node) else None
             if str(spec.type) != "Tensor" or not isinstance(number, torch.SymFloat | torch.SymInt):
                 continue
-            dtype = torch.float64 if isinstance(number, torch.SymFloat) else torch.int64
+            others = [a.meta["val"] for a in node.all_input_nodes if a is not arg]
+            dtype = _dtype_of_number(number, [o for o in others if isinstance(o, torch.Tensor)])
             kwargs = {"dtype": dtype, "device": out.device}
             meta = {**node.meta, "val": out.new_empty((), dtype=dtype)}
             with gm.graph.inserting_before(node):
@@ -434,6 +434,25 @@ def _numbers_to_tensors(gm: fx.GraphModule) -> None:
             made.meta = meta
             node.update_arg(i, made)
             node.target = target
+
+
+def _dtype_of_number(
+    number: torch.SymFloat | torch.SymInt, others: Sequence[torch.Tensor]
+) -> torch.dtype:
+    """The dtype with which a tensor takes part in type promotion as the number does.
+
+    Where another operand has dimensions, any dtype of the number's kind does; where none has, a
+    tensor would count and a number would not.
+    """
+    kind = torch.float64 if isinstance(number, torch.SymFloat) else torch.int64
+    if not others or any(o.dim() for o in others):
+        return kind
+    like = others[0].dtype
+    for other in others[1:]:
+        like = torch.promote_types(like, other.dtype)
+    if like.is_floating_point or (kind == torch.int64 and like != torch.bool):
+        return like
+    return torch.get_default_dtype() if kind == torch.float64 else kind
 
 
 def _remove_fresh_mutations(gm: fx.GraphModule) -> None:

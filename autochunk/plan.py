@@ -11,19 +11,29 @@ from autochunk.config import Options
 from autochunk.find import hint
 from autochunk.types import Cotangents, Plan, Region
 
-#: Bytes one chunk's logits may take where the user does not say; their gradient overwrites them.
-#: On 2048 × 512 × 128256 smaller chunks cost time (the products get thin, and the weight's
-#: gradient is read and written once a chunk), larger ones only memory.
-DEFAULT_BUDGET = 168 * 2**20
+#: Where the user does not say, a chunk's logits take this share of the bytes of the weights'
+#: gradients, which exist anyway: their number of rows is the share times the hidden size. Fewer
+#: rows cost time (each chunk reads the weight twice, and reads and writes its gradient), more only
+#: memory; docs/benchmark.md has the curve.
+SHARE_OF_WEIGHTS = 0.45
+
+#: On a CPU: least rows of a chunk by bytes of an element, and most bytes of its logits.
+LEAST_ROWS = {2: 256, 4: 128}
+MOST_BYTES = 192 * 2**20
+
+#: On CUDA matrix units want more rows. Derived, not measured: a chunk of n rows does 6·n flops for
+#: each element of the weight and moves some 16 bytes for it, which at 700 Tflop/s and 3 TB/s takes
+#: as long for n = 620.
+LEAST_ROWS_CUDA = 2048
 
 #: Rows of a chunk in half precision are a multiple of this: matrix units work on tiles of rows
 #: (683 rows of bfloat16 took 10 % longer on a CPU with AMX than 512).
 ALIGN_HALF = 32
 
-#: Up to this many additions are made in a half precision weight gradient's own dtype: the
-#: rounding of k partial sums adds about k/2 times the variance of the final rounding, which the
-#: unchunked gradient has as well, along with that of the logits' gradient (docs/numerics.md).
-MAX_HALF_ACCUMULATIONS = 8
+#: Up to this many additions are made in a half precision weight gradient's own dtype: rounding k
+#: partial sums gives (k + 1)/2 times the variance of the one rounding that the unchunked gradient
+#: has, √3.5 = 1.87 times its error (docs/numerics.md).
+MAX_HALF_ACCUMULATIONS = 6
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -45,15 +55,18 @@ def plan(region: Region, cotangents: Cotangents | str, options: Options, wanted:
     elif options.num_chunks is not None:
         chunk = -(-rows // options.num_chunks)
     else:
-        budget = options.memory_budget or DEFAULT_BUDGET
-        if budget < row_bytes:
+        if options.memory_budget is not None:
+            chunk = options.memory_budget // row_bytes
+        else:
+            chunk = _default_rows(region, rows)
+        if chunk == 0:
             warnings.warn(
                 f"autochunk: one row of logits takes {row_bytes} bytes, more than the budget of "
-                f"{budget} bytes; the chunks are single rows, which is slow. Give a memory_budget "
-                "of many rows",
+                f"{options.memory_budget} bytes; the chunks are single rows, which is slow. Give "
+                "a memory_budget of many rows",
                 stacklevel=2,
             )
-        chunk = max(1, budget // row_bytes)
+        chunk = max(1, chunk)
         if region.wide_itemsize == 2 and chunk >= ALIGN_HALF:
             align = ALIGN_HALF
             chunk -= chunk % align
@@ -62,7 +75,7 @@ def plan(region: Region, cotangents: Cotangents | str, options: Options, wanted:
     count = -(-rows // chunk)
     if not dynamic:  # near-equal chunks; with a symbolic number of rows the loop does that
         even = -(-rows // count)
-        chunk = min(rows, even + -even % align)
+        chunk = min(rows, chunk, even + -even % align)
     return Plan(
         strategy=strategy,
         chunk_rows=chunk,
@@ -72,6 +85,29 @@ def plan(region: Region, cotangents: Cotangents | str, options: Options, wanted:
         dynamic=dynamic,
         why=why,
     )
+
+
+def _default_rows(region: Region, rows: int) -> int:
+    """Rows of a chunk where the user does not say."""
+    weights = [node.meta["val"] for node in region.shared_inputs]
+    hidden = max((hint(w.numel()) // region.wide_features for w in weights), default=0)
+    itemsize = region.wide_itemsize
+    chunk = int(hidden * SHARE_OF_WEIGHTS)
+    if any(w.device.type == "cuda" for w in weights):
+        chunk = max(chunk, LEAST_ROWS_CUDA)
+    else:
+        most = MOST_BYTES // (region.wide_features * itemsize)
+        chunk = min(max(chunk, LEAST_ROWS.get(itemsize, 128)), max(most, 1))
+    summed = [weights[i] for i in region.shared_grads if weights[i].dtype in _HALF]
+    if summed:
+        # Few chunks can be summed in half precision; more need a sum in float32 besides, of 4
+        # bytes for each element of the gradient. Larger chunks are the better use of as much.
+        few = -(-rows // MAX_HALF_ACCUMULATIONS)
+        few += -few % ALIGN_HALF
+        besides = 4 * sum(hint(w.numel()) for w in summed)
+        if (few - chunk) * region.wide_features * itemsize <= besides:
+            chunk = max(chunk, few)
+    return chunk
 
 
 def accumulate_dtype(dtype: torch.dtype, chunks: int, requested: torch.dtype | None) -> torch.dtype:

@@ -54,8 +54,9 @@ class Loop:
     grad_kernel: Kernel | None = None
 
 
-#: Rows of a weight gradient's tile, where a product cannot be added in place.
-_TILE_ROWS = 8192
+#: Elements of a weight gradient's tile, where a product cannot be added in place: on a CPU it is
+#: still in the cache when it is added, on CUDA it only has to be small.
+_TILE_SIZE = {"cpu": 2**21, "cuda": 2**25}
 
 #: Never shrinks, as Inductor's own modules do not: a backward pass may run after the function it
 #: came from was collected.
@@ -96,9 +97,7 @@ def run_loop(
         for grad, i in zip(kernel.shared_grads, spec.shared_grads, strict=False)
     ]
     buffers = [
-        torch.empty((size, head.features), dtype=head.dtype, device=spec.device)
-        for head in kernel.heads
-        if total
+        _buffer(size, head, spec.device, kernel.transposed) for head in kernel.heads if total
     ]
     done = 0
     for start in starts:
@@ -111,7 +110,7 @@ def run_loop(
             weights = [_zero_outside(w, fresh) for w in weights]
         inputs = [*part, *shared]
         for head, buffer in zip(kernel.heads, buffers, strict=True):
-            _fill(head, inputs, buffer)
+            _fill(head, inputs, buffer, kernel.transposed)
         results = kernel.run([*inputs, *weights, *buffers])
         at_hand = {"input": inputs, "buffer": buffers, "result": results}
         for out, result in zip(outputs, results, strict=False):
@@ -125,12 +124,22 @@ def run_loop(
     return [*outputs, *row_grads, *(s.finish() for s in sums)]
 
 
-def _fill(head: Head, inputs: Sequence[Tensor], buffer: Tensor) -> None:
+def _buffer(size: int, head: Head, device: torch.device, transposed: bool) -> Tensor:
+    if transposed:
+        return torch.empty((head.features, size), dtype=head.dtype, device=device).t()
+    return torch.empty((size, head.features), dtype=head.dtype, device=device)
+
+
+def _fill(head: Head, inputs: Sequence[Tensor], buffer: Tensor, transposed: bool) -> None:
     a, b = (_take(f, {"input": inputs}) for f in (head.a, head.b))
-    if head.bias is None:
+    bias = None if head.bias is None else inputs[head.bias.index]
+    if transposed:
+        a, b, buffer = b.t(), a.t(), buffer.t()
+        bias = None if bias is None else bias.unsqueeze(-1)
+    if bias is None:
         torch.mm(a, b, out=buffer)
     else:
-        torch.addmm(inputs[head.bias.index], a, b, out=buffer)
+        torch.addmm(bias, a, b, out=buffer)
 
 
 def _take(factor: Factor, at_hand: Mapping[str, Sequence[Tensor]]) -> Tensor:
@@ -170,6 +179,7 @@ class _Sum:
         self.like = like
         self.dtype = accumulate_dtype(like.dtype, chunks * len(gradient), requested)
         self.out: Tensor | None = None
+        self.product: Tensor | None = None  # of a tile
 
     def add(self, at_hand: Mapping[str, Sequence[Tensor]]) -> None:
         for term in self.gradient:
@@ -180,29 +190,36 @@ class _Sum:
             if len(factors) == 1:
                 self.out.copy_(factors[0]) if first else self.out.add_(factors[0])
             elif factors[0].dtype != self.dtype:
-                _add_tiled(self.out, factors[0], factors[1], first)
+                self._add_tiled(self.out, factors[0], factors[1], first)
             elif first:
                 torch.mm(*factors, out=self.out)
             else:
                 self.out.addmm_(*factors)
 
+    def _add_tiled(self, out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+        """``out += a @ b`` with a wider ``out``, without a temporary of its size.
+
+        cuBLAS can write a float32 product of half precision factors; elsewhere each tile's product
+        is rounded once before it is added.
+        """
+        height = max(1, _TILE_SIZE.get(out.device.type, 2**21) // out.shape[1])
+        wide = (
+            out.is_cuda and out.dtype == torch.float32 and a.dtype in (torch.half, torch.bfloat16)
+        )
+        if self.product is None and not wide:
+            height = min(height, out.shape[0])
+            self.product = torch.empty((height, out.shape[1]), dtype=a.dtype, device=out.device)
+        for tile, left in zip(out.split(height), a.split(height), strict=True):
+            if self.product is None:
+                product = torch.mm(left, b, out_dtype=out.dtype)
+            else:
+                product = torch.mm(left, b, out=self.product[: tile.shape[0]])
+            tile.copy_(product) if first else tile.add_(product)
+
     def finish(self) -> Tensor:
         if self.out is None:
             return torch.zeros(self.like.sizes, dtype=self.like.dtype, device=self.like.device)
         return self.out if self.out.dtype == self.like.dtype else self.out.to(self.like.dtype)
-
-
-def _add_tiled(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """``out += a @ b`` with a wider ``out``, without a temporary of its size.
-
-    cuBLAS can write a float32 product of half precision factors; elsewhere each tile's product is
-    rounded once before it is added.
-    """
-    wide = out.is_cuda and out.dtype == torch.float32 and a.dtype in (torch.half, torch.bfloat16)
-    for start in range(0, out.shape[0], _TILE_ROWS):
-        tile, left = out[start : start + _TILE_ROWS], a[start : start + _TILE_ROWS]
-        product = torch.mm(left, b, out_dtype=out.dtype) if wide else torch.mm(left, b)
-        tile.copy_(product) if first else tile.add_(product)
 
 
 def _empty(total: int, spec: TensorSpec) -> Tensor:

@@ -174,7 +174,7 @@ def test_search_ends_at_a_failure():
     def probe(size):
         return Probe(size, FAILED, "ValueError: no") if size > 300 else Probe(size, FITS)
 
-    found = search(probe, 100, granularity=100)
+    found = search(probe, 100, granularity=100, maximum=2**20)
     assert (found.largest, found.too_large, found.failure) == (200, None, "at 400: ValueError: no")
 
 
@@ -420,6 +420,11 @@ def test_sizes_that_are_tried(monkeypatch):
         ("--dtype int8", "--dtype: unknown 'int8'; valid: bfloat16, float16, float32"),
         ("--loss simpo --tokens 12", "--tokens is 12; simpo needs a multiple of 8"),
         ("--memory-limit 2GiB", "--memory-limit belongs to --breaking-point"),
+        ("--largest 9", "--largest belongs to --breaking-point"),
+        (
+            "--breaking-point tokens --memory-limit 1GiB --largest 100",
+            "--largest is 100; it must be at least --granularity 256",
+        ),
         ("--breaking-point tokens --device cpu", "on the CPU needs --memory-limit, as 2GiB"),
         (
             "--breaking-point tokens --memory-limit much",
@@ -499,6 +504,9 @@ def test_a_real_breaking_point(tmp_path):
     assert cce.reason
     assert json.loads((tmp_path / "found.json").read_text())["breaking_points"]
     assert "Largest vocabulary within 64 MiB, to within 16384" in results_table(results)
+    capped = dataclasses.replace(wanted, largest=16384)
+    breaking.break_points([(case, [Variant("eager")])], capped, Plan(), results, QUIET)
+    assert "fits; more was not tried" in results_table(results)
 
 
 @needs_proc

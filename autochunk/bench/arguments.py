@@ -124,7 +124,16 @@ def _device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 
 
 def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name in ("vocabulary", "tokens", "hidden", "pareto", "repeats", "warmup", "granularity"):
+    for name in (
+        "vocabulary",
+        "tokens",
+        "hidden",
+        "pareto",
+        "repeats",
+        "warmup",
+        "granularity",
+        "largest",
+    ):
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value < 1:
@@ -154,7 +163,7 @@ def _search(
 ) -> Search | None:
     dimension = args.breaking_point
     if dimension is None:
-        for name in ("memory_limit", "granularity"):
+        for name in ("memory_limit", "granularity", "largest"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} belongs to --breaking-point")
         return None
@@ -177,7 +186,10 @@ def _search(
         multiple = LOSSES[name].multiple if name in LOSSES else 1
         if dimension == "tokens" and granularity % multiple:
             parser.error(f"--granularity is {granularity}; {name} needs a multiple of {multiple}")
-    return Search(dimension, limit, granularity)
+    largest = args.largest or Search.largest
+    if largest < granularity:
+        parser.error(f"--largest is {largest}; it must be at least --granularity {granularity}")
+    return Search(dimension, limit, granularity, largest)
 
 
 def _variants(

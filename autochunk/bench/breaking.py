@@ -47,7 +47,8 @@ def break_points(
                 progress.advance(said.rstrip())
                 return tried
 
-            found = search(probe, first_guess(case, dimension, limit_bytes), wanted.granularity)
+            guess = first_guess(case, dimension, limit_bytes)
+            found = search(probe, guess, wanted.granularity, wanted.largest)
             results.points.append(dataclasses.replace(point, found=found))
             results.save()
 

@@ -123,8 +123,10 @@ class Search:
         dimension: ``vocabulary`` or ``tokens``.
         limit_bytes: Memory a step may take; None for all there is (CUDA only).
         granularity: To within which the point is searched.
+        largest: No size above it is tried.
     """
 
     dimension: str
     limit_bytes: int | None
     granularity: int
+    largest: int = 2**24

@@ -76,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--memory-limit", metavar="BYTES", help="for it, as 2GiB")
     what.add_argument("--granularity", type=int, metavar="N", help="for it (4096; tokens: 256)")
+    what.add_argument(
+        "--largest", type=int, metavar="N", help="ends it there: what fits more is not tried"
+    )
     what.add_argument("--suite", choices=["gpu"], help="heads of known models and a whole model")
     what.add_argument("--dry-run", action="store_true", help="the suite, tiny and on the CPU")
     what.add_argument("--list", action="store_true", help="lists methods and losses")

@@ -42,9 +42,7 @@ class Found:
     probes: tuple[Probe, ...]
 
 
-def search(
-    probe: Callable[[int], Probe], start: int, granularity: int, maximum: int = 2**24
-) -> Found:
+def search(probe: Callable[[int], Probe], start: int, granularity: int, maximum: int) -> Found:
     """Doubles a size until it does not fit, then bisects.
 
     It assumes that all sizes below one that fits do as well. A probe that fails for any other

@@ -81,7 +81,7 @@ def _points_table(points: Sequence[BreakingPoint]) -> str:
             if found.failure:
                 remark = f"FAILED {found.failure}"
             elif found.too_large is None:
-                remark = "no limit found"
+                remark = "fits; more was not tried"
             elif not found.largest:
                 remark = f"not even {found.too_large}"
             else:
