@@ -51,8 +51,10 @@ def options() -> str:
         textwrap.dedent(
             """
             Give at most one of `chunk_rows`, `num_chunks` and `memory_budget`. Without any of them
-            a chunk's logits take 168 MiB at most. An option that does not exist, has the wrong type
-            or contradicts another raises `autochunk.OptionError`, which names what is valid.
+            a chunk's logits take about half the bytes of the weight ([how it
+            works](how-it-works.md#bytes-at-the-peak)). An option that does not exist, has the
+            wrong type or contradicts another raises `autochunk.OptionError`, which names what is
+            valid.
             PyTorch hands a custom backend its options at the first call of the compiled function;
             `options=autochunk.options(...)` checks them where they are written.
 
