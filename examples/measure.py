@@ -6,13 +6,15 @@
     python examples/measure.py loop                  the same, its loss outside of the compiled one
 
 The methods take turns in one process. The peak is that of one forward and backward pass above what
-the process held before it: on a CPU from the kernel's high-water mark, on CUDA from the allocator.
+the process held before it: on a CPU from the kernel's high-water mark (with
+``MALLOC_MMAP_THRESHOLD_`` fixed, so that the heap has no holes), on CUDA from the allocator.
 Exits with 1 if losses or gradient norms disagree.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 
-from autochunk.bench.memory import MIB, PeakMemory
+from autochunk.bench.memory import MIB, PEAK_ENVIRONMENT, PeakMemory
 
 
 def main() -> int:
@@ -39,6 +41,9 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=7, help="measured steps of each method")
     args = parser.parse_args()
+    if not args.device.startswith("cuda") and not PEAK_ENVIRONMENT.keys() <= os.environ.keys():
+        # Holes in the C library's heap would count as memory of a step; only a new process obeys.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PEAK_ENVIRONMENT})
     torch.manual_seed(0)
     steps, parameters = {"head": head, "model": model, "loop": loop}[args.what](args)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
