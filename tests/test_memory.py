@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+
+from autochunk.bench.memory import PEAK_ENVIRONMENT
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -58,7 +61,10 @@ def peak(name: str, dtype: str, hidden: int = ROWS_HIDDEN_VOCABULARY[1], **optio
     rows, _, vocabulary = ROWS_HIDDEN_VOCABULARY
     settings = json.dumps([name, rows, hidden, vocabulary, dtype, options])
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), settings], capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), settings],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **PEAK_ENVIRONMENT},  # holes of the heap are nobody's bytes
     )
     assert done.returncode == 0, done.stderr
     return int(json.loads(done.stdout))
