@@ -186,7 +186,7 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool, overwrite: bool =
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         buffers = placeholders[len(placeholders) - len(heads) :]
         transposed = transpose_buffers(gm, buffers, fake_mode)
-        inputs = [p.meta["val"] for p in gm.graph.nodes if p.op == "placeholder"]
+        inputs = [p.meta["val"] for p in placeholders]
         graph = gm.print_readable(print_output=False)
         try:
             run = compile_fx_inner(gm, inputs)

@@ -222,7 +222,11 @@ def _ill_typed(name: str, value: object, wanted: str) -> str:
 
 def _unknown(kind: str, name: object, valid: Iterable[str]) -> str:
     names = sorted(valid)
-    close = difflib.get_close_matches(str(name), names, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
     shown = ", ".join(names) if len(names) <= 20 else f"{len(names)} names, see torch._inductor"
-    return f"autochunk: unknown {kind} {name!r}{hint}; valid: {shown}"
+    return f"autochunk: unknown {kind} {name!r}{did_you_mean(name, names)}; valid: {shown}"
+
+
+def did_you_mean(name: object, valid: Iterable[str]) -> str:
+    """``" (did you mean 'chunk_rows'?)"`` where a valid name is close, or nothing."""
+    close = difflib.get_close_matches(str(name), list(valid), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

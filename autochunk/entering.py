@@ -22,7 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from autochunk.deferred import DeferredTensor
-from autochunk.evaluation import Programs, evaluate
+from autochunk.evaluation import Programs, define, evaluate
 from autochunk.find import is_grad_function, is_inplace, is_random, op_name, source_line
 from autochunk.steps import is_intercepted, is_open, record
 
@@ -83,29 +83,17 @@ def as_function(graph: fx.Graph) -> Callable[..., Any]:
     files = Counter(line[0] for line in lines.values() if line)
     file = files.most_common(1)[0][0] if files else "<unknown>"
     number = min((line[1] for line in lines.values() if line and line[0] == file), default=1)
-    for part in ast.walk(function.args):
-        _move(part, number)
+    at = [number]  # a statement without a line is where the one before it is
     for statement in function.body:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else None
         line = lines.get(target.id) if isinstance(target, ast.Name) else None
-        number = line[1] if line and line[0] == file else number
-        for part in ast.walk(statement):
-            _move(part, number)
-    _move(function, number)
-    names = dict(code.globals)
-    exec(compile(ast.Module([function], []), file, "exec"), names)
-    entered: Callable[..., Any] = names["entered"]
-    return entered
+        at.append(line[1] if line and line[0] == file else at[-1])
+    return define(function, file, number, at[1:], dict(code.globals))
 
 
 def _line_of(node: fx.Node) -> tuple[str, int] | None:
     found = re.match(r"(.*?):(\d+)(:|$)", source_line(node))
     return (found[1], int(found[2])) if found else None
-
-
-def _move(part: ast.AST, line: int) -> None:
-    if hasattr(part, "lineno"):
-        part.lineno = part.end_lineno = line  # type: ignore[attr-defined]
 
 
 class Entered:

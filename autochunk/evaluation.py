@@ -155,18 +155,35 @@ class _Writer:
         args = ", ".join(f"a{i}" for i in range(len(self.inputs)))
         name = f"deferred_logits_{next(_numbers)}"
         text = [f"def {name}({args}):", *(f"    {source}" for source, _ in self.lines)]
-        tree = ast.parse("\n".join(text))
-        (function,) = tree.body
+        (function,) = ast.parse("\n".join(text)).body
         assert isinstance(function, ast.FunctionDef)
         file, number = last.line
-        for statement, (_, line) in zip(function.body, self.lines, strict=True):
-            at = line[1] if line is not None and line[0] == file else number
-            for node in ast.walk(statement):
-                if isinstance(node, ast.stmt | ast.expr | ast.keyword):
-                    node.lineno = node.end_lineno = at
-        function.lineno = function.end_lineno = number
-        exec(compile(tree, file, "exec"), self.names)
-        return torch.compile(self.names[name], backend=compiler, fullgraph=True)
+        at = [line[1] if line and line[0] == file else number for _, line in self.lines]
+        made = define(function, file, number, at, self.names)
+        return torch.compile(made, backend=compiler, fullgraph=True)
+
+
+def define(
+    function: ast.FunctionDef, file: str, number: int, lines: Sequence[int], names: dict[str, Any]
+) -> Callable[..., Any]:
+    """Defines a function whose statements are where the user's are.
+
+    Args:
+        function: Its source, modified.
+        file: The user's.
+        number: Line of the function itself.
+        lines: Line of each of its statements.
+        names: Its globals; it becomes one of them.
+    """
+    places: list[tuple[ast.AST, int]] = [(function, number)]
+    places += zip(function.body, lines, strict=True)
+    for place, line in places:
+        for part in ast.walk(place):
+            if hasattr(part, "lineno"):
+                part.lineno = part.end_lineno = line  # type: ignore[attr-defined]
+    exec(compile(ast.Module([function], []), file, "exec"), names)
+    made: Callable[..., Any] = names[function.name]
+    return made
 
 
 class _Source(str):

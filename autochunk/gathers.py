@@ -52,7 +52,7 @@ def hoist_gathers(gm: fx.GraphModule, fake_mode: FakeTensorMode) -> bool:
             if not _is_input(node.args[0]):
                 _realize(node)
             continue
-        picked = _Hoist(node, fake_mode).value(node.args[0])
+        picked = _Hoist(node, fake_mode).value(node.args[0]) if _picks_few(node) else None
         if picked is None:
             everything = False
         else:
@@ -60,6 +60,13 @@ def hoist_gathers(gm: fx.GraphModule, fake_mode: FakeTensorMode) -> bool:
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return everything
+
+
+def _picks_few(gather: fx.Node) -> bool:
+    wide, dim, index = gather.args[:3]
+    x = wide.meta["val"]
+    dim = dim % max(x.dim(), 1)
+    return x.dim() > 0 and _fits(x, dim, index.meta["val"], most=x.shape[dim] // NARROW)
 
 
 class _Hoist:
@@ -70,7 +77,7 @@ class _Hoist:
         self.fake_mode = fake_mode
         wide, dim, self.index = gather.args[:3]
         self.shape = wide.meta["val"].shape
-        self.dim = dim % max(len(self.shape), 1)
+        self.dim = dim % len(self.shape)
         self.known: dict[fx.Node, Any] = {}
 
     def value(self, node: Any) -> Any:
@@ -82,14 +89,6 @@ class _Hoist:
 
     def _value(self, node: fx.Node) -> fx.Node | None:
         shape = node.meta["val"].shape
-        index = self.index.meta["val"].shape
-        others = [d for d in range(len(self.shape)) if d != self.dim]
-        if not self.shape or [str(index[d]) for d in others] != [
-            str(self.shape[d]) for d in others
-        ]:
-            return None
-        if not isinstance(index[self.dim], int) or index[self.dim] * NARROW > self.shape[self.dim]:
-            return None
         if len(shape) == 0 or (len(shape) == len(self.shape) and shape[self.dim] == 1):
             return node  # one value for all features of a row
         if node.target is aten.expand.default:
@@ -204,14 +203,14 @@ def _one_hot(index: torch.Tensor, dim: int, size: int, n_dims: int) -> torch.Ten
     return iota == index.to(torch.int32)
 
 
-def _fits(x: torch.Tensor, dim: int, *others: torch.Tensor) -> bool:
+def _fits(x: torch.Tensor, dim: int, *others: torch.Tensor, most: int = _MAX_COMPARED) -> bool:
     """Whether few indices per row are used, one for each place of all other dimensions."""
     rest = [d for d in range(x.dim()) if d != dim]
     index = others[0]
     return (
         x.dim() > 0
         and isinstance(index.shape[dim], int)
-        and index.shape[dim] <= _MAX_COMPARED
+        and index.shape[dim] <= most
         and all(o.shape[d] == x.shape[d] for d in rest for o in others)
     )
 

@@ -45,8 +45,8 @@ def transpose_buffers(
         Whether the buffers have strides ``(1, rows)`` now.
     """
     widths = {b.meta["val"].shape[1] for b in buffers}
-    blocks = {width: _block(width) for width in widths}
-    if not buffers or None in blocks.values():
+    blocks = {width: block for width in widths if (block := _block(width))}
+    if not buffers or len(blocks) < len(widths):
         return False
     if any(b.meta["val"].device.type != "cpu" for b in buffers):
         return False
@@ -112,8 +112,7 @@ def _is_exact(node: fx.Node) -> bool:
     return features and not rounds
 
 
-def _in_two_steps(node: fx.Node, block: int | None) -> None:
-    assert block is not None
+def _in_two_steps(node: fx.Node, block: int) -> None:
     wide, keepdim = node.args[0], bool(node.args[2]) if len(node.args) > 2 else False
     features = wide.meta["val"].shape[1]
     kwargs: dict[str, Any] = dict(node.kwargs)

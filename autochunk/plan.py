@@ -18,8 +18,8 @@ from autochunk.types import Cotangents, Plan, Region
 #: at 2048 hidden in bfloat16: 512 rows 1.07, 1024 rows 0.87, 2048 1.11.
 SHARE_OF_WEIGHTS = 0.5
 
-#: On a CPU: least rows of a chunk by bytes of an element, and most bytes of its logits.
-LEAST_ROWS = {2: 256, 4: 128}
+#: On a CPU: least rows of a chunk, and most bytes of its logits.
+LEAST_ROWS, LEAST_ROWS_HALF = 128, 256
 MOST_BYTES = 192 * 2**20
 
 #: On CUDA matrix units want more rows. Derived, not measured: a chunk of n rows does 6·n flops for
@@ -98,7 +98,8 @@ def _default_rows(region: Region, rows: int) -> int:
         chunk = max(chunk, LEAST_ROWS_CUDA)
     else:
         most = MOST_BYTES // (region.wide_features * itemsize)
-        chunk = min(max(chunk, LEAST_ROWS.get(itemsize, 128)), max(most, 1))
+        least = LEAST_ROWS_HALF if itemsize == 2 else LEAST_ROWS
+        chunk = min(max(chunk, least), max(most, 1))
     summed = [weights[i] for i in region.shared_grads if weights[i].dtype in _HALF]
     if summed:
         # Few chunks can be summed in half precision; more need a sum in float32 besides, of 4

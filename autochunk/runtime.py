@@ -56,7 +56,7 @@ class Loop:
 
 #: Elements of a weight gradient's tile, where a product cannot be added in place: on a CPU it is
 #: still in the cache when it is added, on CUDA it only has to be small.
-_TILE_SIZE = {"cpu": 2**21, "cuda": 2**25}
+_TILE_SIZE, _TILE_SIZE_CUDA = 2**21, 2**25
 
 #: Never shrinks, as Inductor's own modules do not: a backward pass may run after the function it
 #: came from was collected.
@@ -202,7 +202,7 @@ class _Sum:
         cuBLAS can write a float32 product of half precision factors; elsewhere each tile's product
         is rounded once before it is added.
         """
-        height = max(1, _TILE_SIZE.get(out.device.type, 2**21) // out.shape[1])
+        height = max(1, (_TILE_SIZE_CUDA if out.is_cuda else _TILE_SIZE) // out.shape[1])
         wide = (
             out.is_cuda and out.dtype == torch.float32 and a.dtype in (torch.half, torch.bfloat16)
         )

@@ -5,7 +5,6 @@ To add a method, write its function in ``steps.py`` and a row of ``METHODS``.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from autochunk.bench import steps
 from autochunk.bench.cases import Variant
 from autochunk.bench.losses import Loss
 from autochunk.bench.steps import Options, Step
-from autochunk.config import OptionError
+from autochunk.config import OptionError, did_you_mean
 from autochunk.config import Options as OwnOptions
 from autochunk.report import Report
 
@@ -158,9 +157,9 @@ def read_options(variant: Variant) -> dict[str, Any]:
 
 
 def _unknown(kind: str, name: str, valid: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown {kind} {name!r}{hint}; valid: {', '.join(valid) or 'none'}"
+    return (
+        f"unknown {kind} {name!r}{did_you_mean(name, valid)}; valid: {', '.join(valid) or 'none'}"
+    )
 
 
 def why_not(name: str, loss: str, device: str, whole_model: bool = False) -> str:
