@@ -19,6 +19,7 @@ from autochunk import (
     recording,  # noqa: F401
     runtime,
 )
+from autochunk.autotune import autotune
 from autochunk.body import BodySpec, TensorSpec
 from autochunk.bounds import index_checking
 from autochunk.config import OptionError, Options
@@ -30,7 +31,7 @@ from autochunk.evaluation import Programs
 from autochunk.find import AMPLIFY, find, op_name, source_line
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower
-from autochunk.plan import plan
+from autochunk.plan import plan, sizes_to_try
 from autochunk.report import Report, Row, next_graph, publish, write_debug
 from autochunk.rewrite import Rewritten, Scheduled, rewrite
 from autochunk.tail import cotangents, differentiable_outputs
@@ -226,6 +227,9 @@ def _rewrite(
     rewritten: Rewritten | None = None
     stages: list[tuple[str, str]] = [("dynamo", _readable(gm))]
     if lowered is not None and lifted is not None:
+        if options.autotune:
+            scheduled = [_tuned(item, options) for item in scheduled]
+            analysis = replace(analysis, scheduled=scheduled)
         loops = [_loop(item, options) for item in scheduled]
         rewritten = rewrite(analysis.gm, lowered, lifted, scheduled)
         if analysis.gm is not gm:
@@ -323,11 +327,36 @@ def _key(spec: BodySpec, decided: Plan, region: Region) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
+def _tuned(item: Scheduled, options: Options) -> Scheduled:
+    """The same with the chunk size that is best on this machine."""
+    region = item.region
+
+    def with_plan(decided: Plan) -> Scheduled:
+        return replace(
+            item, plan=decided, key=_key(_spec(region, decided, options), decided, region)
+        )
+
+    built: dict[int, runtime.Loop] = {}
+
+    def build(decided: Plan) -> runtime.Loop:
+        return built.setdefault(decided.chunk_rows, _build(with_plan(decided), options))
+
+    plans = sizes_to_try(item.plan, region, options)
+    device = region.shared_inputs[0].meta["val"].device
+    best = with_plan(autotune(plans, item.key, device, build))
+    if best.plan.chunk_rows in built:
+        runtime.REGIONS.setdefault(best.key, built[best.plan.chunk_rows])
+    return best
+
+
 def _loop(item: Scheduled, options: Options) -> runtime.Loop:
     """The region's loop; an equal one that exists already is used again."""
-    existing = runtime.REGIONS.get(item.key)
-    if existing is not None:
-        return existing
+    if item.key not in runtime.REGIONS:
+        runtime.REGIONS[item.key] = _build(item, options)
+    return runtime.REGIONS[item.key]
+
+
+def _build(item: Scheduled, options: Options) -> runtime.Loop:
     spec = _spec(item.region, item.plan, options)
     strategy = item.plan.strategy
     kernels = {}
@@ -337,14 +366,12 @@ def _loop(item: Scheduled, options: Options) -> runtime.Loop:
         kernels["value_kernel"] = body_stage.compile_body(spec, values=True, grads=False)
         if strategy == "recompute":
             kernels["grad_kernel"] = body_stage.compile_body(spec, values=False, grads=True)
-    loop = runtime.Loop(
+    return runtime.Loop(
         spec=spec,
         checks=item.region.checks,
         accumulate=item.plan.accumulate_dtype,
         **kernels,
     )
-    runtime.REGIONS[item.key] = loop
-    return loop
 
 
 @dataclass(frozen=True)
@@ -415,6 +442,7 @@ def _row(candidate: Candidate, analysis: _Analysis) -> Row:
         if item.plan.strategy == "recompute"
     )
     plans = [item.plan for item in mine]
+    notes.extend(p.tuned for p in plans if p.tuned)
     return replace(
         row,
         strategy=" + ".join(p.strategy for p in plans) or "deferred",

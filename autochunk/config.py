@@ -49,6 +49,9 @@ class Options:
         accumulate_dtype: Floating dtype in which the weight's gradient is summed over chunks, a
             ``torch.dtype`` or its name; ``"auto"`` keeps the weight's own dtype while few chunks
             are summed and takes float32 beyond (see docs/numerics.md).
+        autotune: Time a few chunk sizes while compiling, on made-up numbers, and take the smallest
+            one that is about as fast as the fastest. The largest tried is ``memory_budget``, or
+            twice the default. The choice is remembered in Inductor's cache directory.
         min_bytes: Logits smaller than this many bytes are left alone (int, or "16MiB").
         debug: Log the report of each compiled graph, and write the graphs of each stage into a
             directory (True: ``./autochunk_debug``; a string: that directory).
@@ -61,6 +64,7 @@ class Options:
     memory_budget: int | None = None
     strategy: str = "auto"
     accumulate_dtype: torch.dtype | None = None
+    autotune: bool = False
     min_bytes: int = 32 * 2**20
     debug: str | None = None
     strict: bool = False
@@ -91,6 +95,11 @@ class Options:
             raise OptionError(
                 f"autochunk: options {' and '.join(map(repr, sizes))} contradict each other: "
                 "each decides the chunk size; give one of them"
+            )
+        if checked.get("autotune") and sizes and sizes != ["memory_budget"]:
+            raise OptionError(
+                f"autochunk: options 'autotune' and {sizes[0]!r} contradict each other: each "
+                "decides the chunk size; give one of them (a 'memory_budget' limits 'autotune')"
             )
         if "debug" not in checked:
             env = os.environ.get("AUTOCHUNK_DEBUG", "")
@@ -208,6 +217,7 @@ _CHECKS = {
     "memory_budget": _positive_bytes,
     "strategy": _strategy,
     "accumulate_dtype": _accumulate_dtype,
+    "autotune": _bool,
     "min_bytes": parse_bytes,
     "debug": _debug,
     "strict": _bool,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,9 @@ SHARE_OF_WEIGHTS = 0.5
 #: On a CPU: least rows of a chunk, and most bytes of its logits.
 LEAST_ROWS, LEAST_ROWS_HALF = 128, 256
 MOST_BYTES = 192 * 2**20
+
+#: Autotuning tries no smaller chunks.
+LEAST_ROWS_TRIED = 16
 
 #: On CUDA matrix units want more rows. Derived, not measured: a chunk of n rows does 6·n flops for
 #: each element of the weight and moves some 16 bytes for it, which at 700 Tflop/s and 3 TB/s takes
@@ -50,7 +54,6 @@ def plan(region: Region, cotangents: Cotangents | str, options: Options, wanted:
     """
     rows = max(1, hint(region.rows))
     row_bytes = region.wide_features * region.wide_itemsize
-    align = 1
     if options.chunk_rows is not None:
         chunk = options.chunk_rows
     elif options.num_chunks is not None:
@@ -68,24 +71,48 @@ def plan(region: Region, cotangents: Cotangents | str, options: Options, wanted:
                 stacklevel=2,
             )
         chunk = max(1, chunk)
-        if region.wide_itemsize == 2 and chunk >= ALIGN_HALF:
-            align = ALIGN_HALF
-            chunk -= chunk % align
     strategy, why = _strategy(region, cotangents, options, wanted)
-    dynamic = isinstance(region.rows, torch.SymInt)
-    count = -(-rows // chunk)
-    if not dynamic:  # near-equal chunks; with a symbolic number of rows the loop does that
-        even = -(-rows // count)
-        chunk = min(rows, chunk, even + -even % align)
-    return Plan(
+    decided = Plan(
         strategy=strategy,
         chunk_rows=chunk,
-        num_chunks=count,
-        chunk_bytes=min(chunk, rows) * row_bytes,
+        num_chunks=1,
+        chunk_bytes=0,
         accumulate_dtype=options.accumulate_dtype,
-        dynamic=dynamic,
+        dynamic=isinstance(region.rows, torch.SymInt),
         why=why,
     )
+    asked = options.chunk_rows is not None or options.num_chunks is not None
+    return with_rows(decided, region, chunk, exactly=asked)
+
+
+def with_rows(decided: Plan, region: Region, chunk: int, exactly: bool = False) -> Plan:
+    """A plan with chunks of at most ``chunk`` rows, near-equal and, unless ``exactly``, aligned."""
+    rows = max(1, hint(region.rows))
+    align = 1
+    if not exactly and region.wide_itemsize == 2 and chunk >= ALIGN_HALF:
+        align = ALIGN_HALF
+        chunk -= chunk % align
+    count = -(-rows // chunk)
+    if not decided.dynamic:  # with a symbolic number of rows the loop makes them near-equal
+        even = -(-rows // count)
+        chunk = min(rows, chunk, even + -even % align)
+    return replace(
+        decided,
+        chunk_rows=chunk,
+        num_chunks=count,
+        chunk_bytes=min(chunk, rows) * region.wide_features * region.wide_itemsize,
+    )
+
+
+def sizes_to_try(decided: Plan, region: Region, options: Options) -> list[Plan]:
+    """Plans to choose from by timing, of up to four sizes, the largest first.
+
+    The largest is the budget's, or twice the default; each is half of the one before.
+    """
+    largest = decided.chunk_rows * (1 if options.memory_budget is not None else 2)
+    largest = min(largest, max(1, hint(region.rows)))
+    plans = [with_rows(decided, region, max(1, largest >> i)) for i in range(4)]
+    return list({p.chunk_rows: p for p in plans if p.chunk_rows >= LEAST_ROWS_TRIED}.values())
 
 
 def _default_rows(region: Region, rows: int) -> int:

@@ -355,6 +355,7 @@ class Plan:
         accumulate_dtype: The dtype shared gradients are summed in; None decides by their number.
         dynamic: Whether the number of rows is symbolic.
         why: Why this strategy, for the report.
+        tuned: What autotuning found, for the report.
     """
 
     strategy: str
@@ -364,3 +365,4 @@ class Plan:
     accumulate_dtype: torch.dtype | None
     dynamic: bool
     why: str = ""
+    tuned: str = ""

@@ -50,7 +50,8 @@ def options() -> str:
     lines.append(
         textwrap.dedent(
             """
-            Give at most one of `chunk_rows`, `num_chunks` and `memory_budget`. Without any of them
+            Give at most one of `chunk_rows`, `num_chunks` and `memory_budget`; `autotune` goes with
+            the last alone. Without any of them
             a chunk's logits take about half the bytes of the weight ([how it
             works](how-it-works.md#bytes-at-the-peak)). An option that does not exist, has the
             wrong type or contradicts another raises `autochunk.OptionError`, which names what is

@@ -114,6 +114,20 @@ def test_trainers(tmp_path):
     assert "All losses agree to 1e-05, gradient norms to 1e-04." in done.stdout
 
 
+def test_compile_time(tmp_path):
+    small = ["--layers", "1", "--hidden", "32", "--vocabulary", "140000"]
+    done = run("compile_time.py", "--pairs", "1", "--rows", "64", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [line.split() for line in done.stdout.splitlines()[3:]]
+    starts = [(row[0], row[1]) for row in found]
+    assert starts == [(s, m) for s in ("cold", "warm") for m in ("inductor", "autochunk")]
+    cold, warm = (float(row[2]) for row in found[1::2])
+    assert 0 < warm < cold
+    done = run("compile_time.py", "--pairs", "1", "--rows", "8", *small, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "nothing was chunked" in done.stderr
+
+
 @needs_proc
 def test_functional(tmp_path):
     arguments = ["--tokens", "32", "--hidden", "64", "--vocabulary", "5000"]

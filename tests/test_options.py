@@ -23,8 +23,8 @@ from autochunk.report import collect
 
 N, H, V = 21, 16, 128
 VALID = (
-    "accumulate_dtype, chunk_rows, debug, inductor, memory_budget, min_bytes, num_chunks, "
-    "strategy, strict"
+    "accumulate_dtype, autotune, chunk_rows, debug, inductor, memory_budget, min_bytes, "
+    "num_chunks, strategy, strict"
 )
 
 

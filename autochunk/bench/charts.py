@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -155,15 +156,19 @@ def _bars(
 def _pareto(path: Path, case: Case, summaries: Sequence[Summary]) -> None:
     """Time and memory of each method; those that no other one beats are joined."""
     marks = []
+    relative = all(summary.time_ratio is not None for summary in summaries)
     for summary in summaries:
         assert summary.median_seconds is not None
         assert summary.additional_bytes is not None
-        point = (summary.median_seconds * 1e3, summary.additional_bytes / MIB)
-        name = str(summary.row.variant).replace("autochunk:chunk_rows=", "autochunk, rows ")
+        time = summary.time_ratio if relative else summary.median_seconds * 1e3
+        assert time is not None
+        point = (time, summary.additional_bytes / MIB)
+        name = re.sub(r"^autochunk:chunk_rows=(\d+)$", r"\1 rows", str(summary.row.variant))
         colour = _colour(summary.row.variant)
         marks.append(Line(name, [point], colour, filled=not summary.dominated_by))
     curve = sorted(mark.points[0] for mark in marks if mark.filled)
-    below = "time of a step (ms); hollow: another is as good in both and better in one"
+    below = _KINDS[1][1] if relative else "time of a step (ms)"
+    below += "; hollow: another is as good in both and better in one"
     draw_marks(path, case.title, (below, _KINDS[0][1]), marks, curve)
 
 

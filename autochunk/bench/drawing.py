@@ -93,24 +93,66 @@ def draw_marks(
     """Named marks, and a curve through some of them."""
     figure, axes = _figure(title, (8.5, 5.5))
     for mark in marks:
-        x, y = mark.points[0]
         face = mark.colour if mark.filled else "none"
-        axes.scatter(x, y, color=face, edgecolors=mark.colour, zorder=3)
-        axes.annotate(
-            mark.name,
-            (x, y),
-            xytext=(6, 4),
-            textcoords="offset points",
-            color=mark.colour,
-            fontsize=8,
-        )
+        axes.scatter(*mark.points[0], color=face, edgecolors=mark.colour, zorder=3)
     axes.plot(*zip(*curve, strict=True), color="#bbbbbb", linewidth=1, zorder=1)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.margins(0.15)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    for n, (axis, name) in enumerate([(axes.xaxis, "x"), (axes.yaxis, "y")]):
+        values = [mark.points[0][n] for mark in marks]
+        if max(values) > _LOGARITHMIC / 2 * min(values):
+            axes.set(**{f"{name}scale": "log"})
+            axis.set_major_locator(_ticker().LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_formatter(_ticker().NullFormatter())
+        else:
+            axes.set(**{f"{name}lim": (0, None)})
+        axis.set_major_formatter(lambda value, _: f"{value:,.5g}".replace(",", " "))
+    _name_marks(figure, axes, marks)
     _save(figure, path)
+
+
+def _ticker() -> Any:
+    from matplotlib import ticker
+
+    return ticker
+
+
+def _name_marks(figure: Any, axes: Any, marks: Sequence[Line]) -> None:
+    """Names next to marks, each at the nearest place where it covers nothing."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    inside = axes.bbox
+    points = [axes.transData.transform(mark.points[0]) for mark in marks]
+    taken: list[Any] = []
+    for mark in marks:
+        for distance in range(0, 120, 6):
+            for x, y in ((7, distance), (7, -distance), (-7, distance), (-7, -distance)):
+                text = axes.annotate(
+                    mark.name,
+                    mark.points[0],
+                    xytext=(x, y),
+                    textcoords="offset points",
+                    color=mark.colour,
+                    fontsize=8,
+                    ha="left" if x > 0 else "right",
+                    va="center",
+                    arrowprops={"arrowstyle": "-", "color": mark.colour, "alpha": 0.4},
+                )
+                text.update_positions(renderer)
+                box = Text.get_window_extent(text, renderer)  # without the line to the mark
+                covered = any(box.overlaps(other) for other in taken) or any(
+                    box.padded(6).contains(*point) for point in points
+                )
+                if not covered and box.x0 > inside.x0 and inside.y0 < box.y0 < box.y1 < inside.y1:
+                    break
+                text.remove()
+            else:
+                continue
+            taken.append(box)
+            break
 
 
 def draw_bars(path: Path, title: str, label: str, bars: Sequence[Bar]) -> None:

@@ -15,9 +15,10 @@ import torch
 MIB = 2**20
 
 #: glibc keeps freed tensors of up to 32 MiB on its heap, where holes between them count as resident
-#: (up to 200 MiB were seen, another number in each run). Beyond a fixed threshold every tensor has
-#: pages of its own, and the peak repeats to 0.1 MiB.
-PEAK_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+#: (up to 200 MiB were seen, another number in each run), because its threshold for that grows from
+#: 128 KiB on. Fixed there, every larger tensor has pages of its own, and the peak repeats to
+#: 0.1 MiB.
+PEAK_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
 
 
 class PeakMemory:

@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
     "auto_chunker": Method(
         "torch.compile with Inductor's auto_chunker",
         compile=steps.auto_chunker,
-        options={"num_chunk": int},
+        options={"num_chunk": int, "amplify_ratio_threshold": int},
     ),
     "linear_cross_entropy": Method(
         "torch.nn.functional.linear_cross_entropy with LinearCrossEntropyOptions",

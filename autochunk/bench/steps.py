@@ -52,8 +52,7 @@ def auto_chunker(
     # As torch.compile(options=...), which has no name for the second one: a graph from a cache
     # would not tell whether the pass has split it.
     settings = {"auto_chunker.enable": True, "force_disable_caches": True}
-    if "num_chunk" in options:
-        settings["auto_chunker.num_chunk"] = options["num_chunk"]
+    settings |= {f"auto_chunker.{name}": value for name, value in options.items()}
 
     def backend(gm: Any, example_inputs: Any) -> Any:
         return compile_fx(gm, example_inputs, config_patches=settings)

@@ -43,7 +43,7 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     unchunked = [row for row in rows if row.seconds and METHODS[row.variant.method].unchunked]
     baseline = min(unchunked, key=lambda row: statistics.median(row.seconds), default=None)
     base_bytes = max(baseline.additional_bytes, default=0) if baseline else 0
-    dominators = _dominators(rows)
+    dominators = _dominators(rows, baseline)
     found = []
     for row in rows:
         additional = max(row.additional_bytes, default=None)
@@ -88,9 +88,15 @@ def dominated(points: Sequence[tuple[float, float]]) -> list[int | None]:
     return found
 
 
-def _dominators(rows: Sequence[Row]) -> dict[str, str]:
+def _dominators(rows: Sequence[Row], baseline: Row | None) -> dict[str, str]:
     full = [row for row in rows if row.seconds and row.additional_bytes]
-    points = [(statistics.median(row.seconds), float(max(row.additional_bytes))) for row in full]
+    # Times to one of them, round by round: a load that comes and goes decides nothing.
+    base = baseline or next(iter(full), None)
+    points = [
+        (ratio(row.seconds, base.seconds) or 0.0, float(max(row.additional_bytes)))
+        for row in full
+        if base is not None
+    ]
     return {
         str(row.variant): str(full[by].variant)
         for row, by in zip(full, dominated(points), strict=True)
