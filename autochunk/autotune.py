@@ -1,8 +1,8 @@
 """Autotune: times a region's loop with several chunk sizes, and remembers which was best.
 
 The loop runs on made-up numbers in the shapes of the region, with no more rows than are needed to
-tell the sizes apart. The best is the smallest chunk that is nearly as fast as the fastest, since
-smaller ones save memory.
+tell the sizes apart. The best is the one that takes the least memory (most often the smallest) of
+those that are nearly as fast as the fastest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +24,11 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from autochunk.body import TensorSpec
-from autochunk.plan import accumulate_dtype
+from autochunk.plan import accumulate_dtype, step_bytes
 from autochunk.runtime import Loop, run_loop
 from autochunk.types import Plan
 
-#: How much slower than the fastest a smaller chunk may be: what medians scatter by.
+#: How much slower than the fastest one that takes less memory may be: what medians scatter by.
 TOLERANCE = 1.03
 
 #: Timed runs of each size, after one that is not.
@@ -60,7 +60,9 @@ def autotune(
     if times is None:
         times = _times([(p, build(p)) for p in plans])
         _remember(file, times)
-    best = smallest_fast(times)
+    best = least_of_fast(
+        times, {p.chunk_rows: step_bytes(p.chunk_bytes, p.sum_bytes) for p in plans}
+    )
     shown = ", ".join(
         f"{rows} rows {seconds / times[best]:.2f}" for rows, seconds in sorted(times.items())
     )
@@ -68,10 +70,11 @@ def autotune(
     return replace(chosen, tuned=f"autotuned, time ÷ that of {best} rows: {shown}")
 
 
-def smallest_fast(times: dict[int, float]) -> int:
-    """The smallest number of rows whose time is within ``TOLERANCE`` of the least."""
+def least_of_fast(times: Mapping[int, float], needed: Mapping[int, int]) -> int:
+    """The number of rows that needs the fewest bytes and at most ``TOLERANCE`` × the least time."""
     fastest = min(times.values())
-    return min(rows for rows, seconds in times.items() if seconds <= fastest * TOLERANCE)
+    fast = [rows for rows, seconds in times.items() if seconds <= fastest * TOLERANCE]
+    return min(fast, key=lambda rows: needed[rows])
 
 
 # ---- timing ----------------------------------------------------------------------------------
@@ -131,7 +134,7 @@ def _made_up(spec: TensorSpec, rows: int | None = None) -> Tensor:
     """Small numbers, or zeros: an index that is always in range. The global generators stay."""
     sizes = spec.sizes if rows is None else (rows, *spec.sizes)
     strides = spec.strides if rows is None else torch.empty(sizes, device="meta").stride()
-    span = 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    span = 1 + sum(max(n - 1, 0) * stride for n, stride in zip(sizes, strides, strict=True))
     flat = torch.zeros(span, dtype=spec.dtype, device=spec.device)
     if spec.dtype.is_floating_point:
         generator = torch.Generator(spec.device).manual_seed(0)

@@ -49,9 +49,10 @@ class Options:
         accumulate_dtype: Floating dtype in which the weight's gradient is summed over chunks, a
             ``torch.dtype`` or its name; ``"auto"`` keeps the weight's own dtype while few chunks
             are summed and takes float32 beyond (see docs/numerics.md).
-        autotune: Time a few chunk sizes while compiling, on made-up numbers, and take the smallest
-            one that is about as fast as the fastest. The largest tried is ``memory_budget``, or
-            twice the default. The choice is remembered in Inductor's cache directory.
+        autotune: Time a few chunk sizes while compiling, on made-up numbers, and take the one that
+            needs the least memory of those about as fast as the fastest. The largest tried is
+            ``memory_budget``, or twice the default. The choice is remembered in Inductor's cache
+            directory.
         min_bytes: Logits smaller than this many bytes are left alone (int, or "16MiB").
         debug: Log the report of each compiled graph, and write the graphs of each stage into a
             directory (True: ``./autochunk_debug``; a string: that directory).

@@ -77,6 +77,7 @@ def plan(region: Region, cotangents: Cotangents | str, options: Options, wanted:
         chunk_rows=chunk,
         num_chunks=1,
         chunk_bytes=0,
+        sum_bytes=0,
         accumulate_dtype=options.accumulate_dtype,
         dynamic=isinstance(region.rows, torch.SymInt),
         why=why,
@@ -101,7 +102,26 @@ def with_rows(decided: Plan, region: Region, chunk: int, exactly: bool = False) 
         chunk_rows=chunk,
         num_chunks=count,
         chunk_bytes=min(chunk, rows) * region.wide_features * region.wide_itemsize,
+        sum_bytes=_sum_bytes(region, count, decided.accumulate_dtype),
     )
+
+
+def step_bytes(chunk_bytes: int, sum_bytes: int) -> int:
+    """Bytes a step needs besides the gradients.
+
+    A sum in a wider dtype is half precision's, of twice the gradient's bytes; the chunk's buffer is
+    gone when it is converted to the gradient.
+    """
+    return sum_bytes + max(chunk_bytes - sum_bytes // 2, 0)
+
+
+def _sum_bytes(region: Region, chunks: int, requested: torch.dtype | None) -> int:
+    total = 0
+    for i in region.shared_grads:
+        weight = region.shared_inputs[i].meta["val"]
+        dtype = accumulate_dtype(weight.dtype, chunks, requested)
+        total += dtype.itemsize * hint(weight.numel()) if dtype != weight.dtype else 0
+    return total
 
 
 def sizes_to_try(decided: Plan, region: Region, options: Options) -> list[Plan]:
@@ -111,8 +131,9 @@ def sizes_to_try(decided: Plan, region: Region, options: Options) -> list[Plan]:
     """
     largest = decided.chunk_rows * (1 if options.memory_budget is not None else 2)
     largest = min(largest, max(1, hint(region.rows)))
-    plans = [with_rows(decided, region, max(1, largest >> i)) for i in range(4)]
-    return list({p.chunk_rows: p for p in plans if p.chunk_rows >= LEAST_ROWS_TRIED}.values())
+    sizes = [largest, *(n for i in (1, 2, 3) if (n := largest >> i) >= LEAST_ROWS_TRIED)]
+    plans = [with_rows(decided, region, rows) for rows in sizes]
+    return list({p.chunk_rows: p for p in plans}.values())
 
 
 def _default_rows(region: Region, rows: int) -> int:
@@ -129,12 +150,13 @@ def _default_rows(region: Region, rows: int) -> int:
         chunk = min(max(chunk, least), max(most, 1))
     summed = [weights[i] for i in region.shared_grads if weights[i].dtype in _HALF]
     if summed:
-        # Few chunks can be summed in half precision; more need a sum in float32 besides, of 4
-        # bytes for each element of the gradient. Larger chunks are the better use of as much.
+        # Few chunks can be summed in half precision; more need a sum in float32 besides. Larger
+        # chunks are the better use of as much.
         few = -(-rows // MAX_HALF_ACCUMULATIONS)
         few += -few % ALIGN_HALF
-        besides = 4 * sum(hint(w.numel()) for w in summed)
-        if (few - chunk) * region.wide_features * itemsize <= besides:
+        row_bytes = region.wide_features * itemsize
+        besides = _sum_bytes(region, MAX_HALF_ACCUMULATIONS + 1, None)
+        if few * row_bytes <= step_bytes(chunk * row_bytes, besides):
             chunk = max(chunk, few)
     return chunk
 

@@ -109,8 +109,8 @@ def run_loop(
         if fresh != slice(0, size):
             weights = [_zero_outside(w, fresh) for w in weights]
         inputs = [*part, *shared]
-        for head, buffer in zip(kernel.heads, buffers, strict=True):
-            _fill(head, inputs, buffer, kernel.transposed)
+        for i, head in enumerate(kernel.heads):
+            _fill(head, inputs, buffers[i], kernel.transposed)
         results = kernel.run([*inputs, *weights, *buffers])
         at_hand = {"input": inputs, "buffer": buffers, "result": results}
         for out, result in zip(outputs, results, strict=False):
@@ -121,6 +121,7 @@ def run_loop(
             shared_sum.add(at_hand)
         del results, at_hand
         done = end
+    buffers.clear()  # before sums in a wider dtype are converted
     return [*outputs, *row_grads, *(s.finish() for s in sums)]
 
 
@@ -217,9 +218,11 @@ class _Sum:
             tile.copy_(product) if first else tile.add_(product)
 
     def finish(self) -> Tensor:
-        if self.out is None:
+        """The gradient; the sum is not kept."""
+        out, self.out, self.product = self.out, None, None
+        if out is None:
             return torch.zeros(self.like.sizes, dtype=self.like.dtype, device=self.like.device)
-        return self.out if self.out.dtype == self.like.dtype else self.out.to(self.like.dtype)
+        return out.to(self.like.dtype)
 
 
 def _empty(total: int, spec: TensorSpec) -> Tensor:

@@ -352,6 +352,7 @@ class Plan:
         chunk_rows: Rows of a chunk, at most.
         num_chunks: Number of chunks at the hinted number of rows.
         chunk_bytes: Estimated bytes of one chunk's logits and gradient.
+        sum_bytes: Bytes of sums over chunks in a wider dtype than the gradients themselves.
         accumulate_dtype: The dtype shared gradients are summed in; None decides by their number.
         dynamic: Whether the number of rows is symbolic.
         why: Why this strategy, for the report.
@@ -362,6 +363,7 @@ class Plan:
     chunk_rows: int
     num_chunks: int
     chunk_bytes: int
+    sum_bytes: int
     accumulate_dtype: torch.dtype | None
     dynamic: bool
     why: str = ""

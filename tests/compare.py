@@ -114,7 +114,6 @@ def _leaf(t: Any) -> Any:
     if not isinstance(t, torch.Tensor):
         return t
     # Keeps strides: a transposed weight stays one.
-    made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) if t.numel() else t.clone()
-    if t.numel():
-        made.copy_(t.detach())
+    made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    made.copy_(t.detach())
     return made.requires_grad_(t.requires_grad)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from autochunk import OptionError, Options, autotune, runtime
-from autochunk.autotune import smallest_fast
+from autochunk.autotune import least_of_fast
 from autochunk.report import Report, collect
 
 N, H, V = 512, 16, 256
@@ -33,9 +33,11 @@ def loss_of(x_NH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x_NH, w_VH).float(), y_N)
 
 
-def data(dtype: torch.dtype = torch.float32, rows: int = N) -> tuple[Tensor, Tensor, Tensor]:
-    x_NH = torch.randn(rows, H).to(dtype).requires_grad_()
-    w_VH = torch.randn(V, H).to(dtype).requires_grad_()
+def data(
+    dtype: torch.dtype = torch.float32, rows: int = N, hidden: int = H
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_NH = torch.randn(rows, hidden).to(dtype).requires_grad_()
+    w_VH = torch.randn(V, hidden).to(dtype).requires_grad_()
     return x_NH, w_VH, torch.randint(0, V, (rows,))
 
 
@@ -77,8 +79,16 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: dict[int, float]) -> list[list
         ({256: 1.0}, 256),
     ],
 )
-def test_smallest_that_is_fast(times, best):
-    assert smallest_fast(times) == best
+def test_least_memory_of_those_that_are_fast(times, best):
+    assert least_of_fast(times, {rows: 10 * rows for rows in times}) == best
+
+
+def test_memory_counts_a_sum_in_float32(monkeypatch):
+    """Six chunks need less than sixteen with such a sum, of four bytes for each weight."""
+    calls = timed(monkeypatch, dict.fromkeys(range(1, N), 1.0))
+    report, _ = run(data(torch.bfloat16, hidden=64), memory_budget=96 * V * 2)
+    assert calls == [[96, 32, 24]]
+    assert report.chunked[0].chunks == "6 × 96"
 
 
 def test_choice_is_run_and_reported(monkeypatch):
@@ -101,12 +111,12 @@ def test_budget_is_the_largest_size_and_without_it_twice_the_default(monkeypatch
     run(data(), memory_budget=BUDGET // 2)
     run(data())
     assert [call[0] for call in calls] == [128, 256]
-    assert Options().chunk_rows is None
 
 
-def test_few_rows_leave_nothing_to_choose(monkeypatch):
+@pytest.mark.parametrize("rows", [5, 20])
+def test_few_rows_leave_nothing_to_choose(monkeypatch, rows):
     calls = timed(monkeypatch, {})
-    report, _ = run(data(rows=20))
+    report, _ = run(data(rows=rows))
     assert calls == []
     assert not any("autotuned" in note for note in report.chunked[0].notes)
 

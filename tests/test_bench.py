@@ -410,6 +410,7 @@ def test_sizes_that_are_tried(monkeypatch):
         ("--methods autochunk:chunk_rows=0", "chunk_rows is 0; it must be at least 1"),
         ("--methods autochunk:chunk_rows", "'chunk_rows' is not OPTION=VALUE"),
         ("--methods autochunk:strategy=fast", "option 'strategy' is 'fast'; it takes one of"),
+        ("--methods autochunk:autotune=maybe", "autotune is 'maybe'; it takes a boolean"),
         ("--methods autochunk:chunk_rows=2,num_chunks=2", "contradict each other"),
         ("--methods eager eager", "--methods eager is there twice"),
         ("--methods eager:chunk_rows=2", "unknown option of eager 'chunk_rows'; valid: none"),

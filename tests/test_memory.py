@@ -96,10 +96,10 @@ def test_peak_is_gradients_plus_one_chunk(name, dtype, strategy):
 
 
 def test_peak_of_many_chunks_in_half_precision():
-    """The sum in float32 and the gradient itself; the chunks are small."""
+    """The sum in float32 and the gradient itself; the chunks are gone when that is made."""
     _, hidden, vocabulary = ROWS_HIDDEN_VOCABULARY
     found = peak("cross_entropy", "bfloat16", chunk_rows=64)
-    expected = gradients(2) + 4 * vocabulary * hidden + 2 * 64 * vocabulary
+    expected = gradients(2) + 4 * vocabulary * hidden
     assert abs(found - expected) <= 0.1 * expected, f"{found / MIB:.1f}, {expected / MIB:.1f} MiB"
 
 

@@ -20,10 +20,19 @@ from autochunk.config import OptionError, did_you_mean
 from autochunk.config import Options as OwnOptions
 from autochunk.report import Report
 
+
+def boolean(text: str) -> bool:
+    """``True`` or ``False`` from the word."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
 _OURS: Mapping[str, Callable[[str], Any]] = {
     "chunk_rows": int,
     "num_chunks": int,
     "memory_budget": str,
+    "autotune": boolean,
     "strategy": str,
     "accumulate_dtype": str,
     "min_bytes": str,
@@ -148,8 +157,9 @@ def read_options(variant: Variant) -> dict[str, Any]:
             found[name] = method.options[name](value)
         except ValueError:
             kind = method.options[name].__name__
-            raise ValueError(f"{name} is {value!r}; it takes an {kind}") from None
-        if isinstance(found[name], int) and found[name] < 1:
+            article = "an" if kind == "int" else "a"
+            raise ValueError(f"{name} is {value!r}; it takes {article} {kind}") from None
+        if type(found[name]) is int and found[name] < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if method.options is _OURS:
         OwnOptions.parse(found)
