@@ -126,33 +126,30 @@ def _name_marks(figure: Any, axes: Any, marks: Sequence[Line]) -> None:
     renderer = figure.canvas.get_renderer()
     inside = axes.bbox
     points = [axes.transData.transform(mark.points[0]) for mark in marks]
+    offsets = [(x, y * sign) for y in range(0, 120, 6) for x in (7, -7) for sign in (1, -1)]
     taken: list[Any] = []
     for mark in marks:
-        for distance in range(0, 120, 6):
-            for x, y in ((7, distance), (7, -distance), (-7, distance), (-7, -distance)):
-                text = axes.annotate(
-                    mark.name,
-                    mark.points[0],
-                    xytext=(x, y),
-                    textcoords="offset points",
-                    color=mark.colour,
-                    fontsize=8,
-                    ha="left" if x > 0 else "right",
-                    va="center",
-                    arrowprops={"arrowstyle": "-", "color": mark.colour, "alpha": 0.4},
-                )
-                text.update_positions(renderer)
-                box = Text.get_window_extent(text, renderer)  # without the line to the mark
-                covered = any(box.overlaps(other) for other in taken) or any(
-                    box.padded(6).contains(*point) for point in points
-                )
-                if not covered and box.x0 > inside.x0 and inside.y0 < box.y0 < box.y1 < inside.y1:
-                    break
-                text.remove()
-            else:
-                continue
-            taken.append(box)
-            break
+        text = axes.annotate(
+            mark.name,
+            mark.points[0],
+            xytext=offsets[0],
+            textcoords="offset points",
+            color=mark.colour,
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": mark.colour, "alpha": 0.4},
+        )
+        for offset in offsets:
+            text.xyann = offset
+            text.set_ha("left" if offset[0] > 0 else "right")
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # without the line to the mark
+            covers = any(box.overlaps(other) for other in taken) or any(
+                box.padded(6).contains(*point) for point in points
+            )
+            if not covers and box.x0 > inside.x0 and inside.y0 < box.y0 < box.y1 < inside.y1:
+                break
+        taken.append(box)
 
 
 def draw_bars(path: Path, title: str, label: str, bars: Sequence[Bar]) -> None:
