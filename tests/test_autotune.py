@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,23 @@ def run(
     return report, [loss, *torch.autograd.grad(loss, inputs[:2])]
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, times: dict[int, float]) -> list[list[int]]:
-    """Gives each size a time; returns the sizes of each call."""
-    calls: list[list[int]] = []
+@pytest.fixture
+def timed(
+    monkeypatch: pytest.MonkeyPatch, no_codegen: None
+) -> Callable[[dict[int, float]], list[list[int]]]:
+    """Takes a time for each size and returns a list that receives the sizes of each call."""
 
-    def found(trials: Sequence[tuple[Any, Any]]) -> dict[int, float]:
-        calls.append([plan.chunk_rows for plan, _ in trials])
-        return {rows: times[rows] for rows in calls[-1]}
+    def given(times: dict[int, float]) -> list[list[int]]:
+        calls: list[list[int]] = []
 
-    monkeypatch.setattr(autotune, "_times", found)
-    return calls
+        def found(trials: Sequence[tuple[Any, Any]]) -> dict[int, float]:
+            calls.append([plan.chunk_rows for plan, _ in trials])
+            return {rows: times[rows] for rows in calls[-1]}
+
+        monkeypatch.setattr(autotune, "_times", found)
+        return calls
+
+    return given
 
 
 # ---- the choice ------------------------------------------------------------------------------
@@ -83,16 +90,16 @@ def test_least_memory_of_those_that_are_fast(times, best):
     assert least_of_fast(times, {rows: 10 * rows for rows in times}) == best
 
 
-def test_memory_counts_a_sum_in_float32(monkeypatch):
+def test_memory_counts_a_sum_in_float32(timed):
     """Six chunks need less than sixteen with such a sum, of four bytes for each weight."""
-    calls = timed(monkeypatch, dict.fromkeys(range(1, N), 1.0))
+    calls = timed(dict.fromkeys(range(1, N), 1.0))
     report, _ = run(data(torch.bfloat16, hidden=64), memory_budget=96 * V * 2)
     assert calls == [[96, 32, 24]]
     assert report.chunked[0].chunks == "6 × 96"
 
 
-def test_choice_is_run_and_reported(monkeypatch):
-    calls = timed(monkeypatch, {256: 1.0, 128: 1.01, 64: 1.5, 32: 2.0})
+def test_choice_is_run_and_reported(timed):
+    calls = timed({256: 1.0, 128: 1.01, 64: 1.5, 32: 2.0})
     report, _ = run(data(), memory_budget=BUDGET)
     assert calls == [[256, 128, 64, 32]]
     (row,) = report.chunked
@@ -106,16 +113,16 @@ def test_choice_is_run_and_reported(monkeypatch):
     assert loop.spec.chunk_rows == 128
 
 
-def test_budget_is_the_largest_size_and_without_it_twice_the_default(monkeypatch):
-    calls = timed(monkeypatch, dict.fromkeys(range(1, N + 1), 1.0))
+def test_budget_is_the_largest_size_and_without_it_twice_the_default(timed):
+    calls = timed(dict.fromkeys(range(1, N + 1), 1.0))
     run(data(), memory_budget=BUDGET // 2)
     run(data())
     assert [call[0] for call in calls] == [128, 256]
 
 
 @pytest.mark.parametrize("rows", [5, 20])
-def test_few_rows_leave_nothing_to_choose(monkeypatch, rows):
-    calls = timed(monkeypatch, {})
+def test_few_rows_leave_nothing_to_choose(rows, timed):
+    calls = timed({})
     report, _ = run(data(rows=rows))
     assert calls == []
     assert not any("autotuned" in note for note in report.chunked[0].notes)
@@ -195,8 +202,8 @@ def remembered() -> list[Path]:
     return sorted((Path(autotune.cache_dir()) / "autochunk").glob("*.json"))
 
 
-def test_choice_is_remembered(monkeypatch):
-    calls = timed(monkeypatch, {256: 1.0, 128: 1.01, 64: 1.5, 32: 2.0})
+def test_choice_is_remembered(timed):
+    calls = timed({256: 1.0, 128: 1.01, 64: 1.5, 32: 2.0})
     first, _ = run(data(), memory_budget=BUDGET)
     runtime.REGIONS.clear()
     second, _ = run(data(), memory_budget=BUDGET)
@@ -209,8 +216,8 @@ def test_choice_is_remembered(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"7": 1.0}', '{"a": 1}', '{"128": null}'])
-def test_file_that_cannot_be_used_is_written_again(monkeypatch, text):
-    calls = timed(monkeypatch, {256: 1.0, 128: 1.01, 64: 1.5, 32: 2.0})
+def test_file_that_cannot_be_used_is_written_again(text, timed):
+    calls = timed({256: 1.0, 128: 1.01, 64: 1.5, 32: 2.0})
     run(data(), memory_budget=BUDGET)
     (file,) = remembered()
     good = file.read_text()
@@ -221,9 +228,9 @@ def test_file_that_cannot_be_used_is_written_again(monkeypatch, text):
     assert file.read_text() == good
 
 
-def test_nothing_is_remembered_without_caches(monkeypatch):
+def test_nothing_is_remembered_without_caches(monkeypatch, timed):
     monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    calls = timed(monkeypatch, {256: 1.0, 128: 1.01, 64: 1.5, 32: 2.0})
+    calls = timed({256: 1.0, 128: 1.01, 64: 1.5, 32: 2.0})
     for _ in range(2):
         run(data(), memory_budget=BUDGET)
         runtime.REGIONS.clear()
