@@ -228,11 +228,11 @@ def test_file_that_cannot_be_used_is_written_again(text, timed):
     assert file.read_text() == good
 
 
-def test_nothing_is_remembered_without_caches(monkeypatch, timed):
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+def test_nothing_is_remembered_without_caches(timed):
     calls = timed({256: 1.0, 128: 1.01, 64: 1.5, 32: 2.0})
-    for _ in range(2):
-        run(data(), memory_budget=BUDGET)
-        runtime.REGIONS.clear()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for _ in range(2):
+            run(data(), memory_budget=BUDGET)
+            runtime.REGIONS.clear()
     assert len(calls) == 2
     assert remembered() == []
