@@ -89,24 +89,22 @@ def _times(trials: Sequence[tuple[Plan, Loop]]) -> dict[int, float]:
         inputs = [_made_up(s, rows) for s in spec.rows]
         shared = [_made_up(s) for s in spec.shared]
         cotangents = [_made_up(spec.outputs[i], rows) for i in spec.grad_outputs]
+        loops = {plan.chunk_rows: _as_in_use(plan, loop) for plan, loop in trials}
         for turn in range(ROUNDS + 1):
-            for plan, loop in trials:
-                if plan.chunk_rows not in found:
-                    continue
-                loop = _as_in_use(plan, loop)
+            for size in list(found):
                 _synchronize(spec.device)
                 begin = time.perf_counter()
                 try:
-                    _run(loop, inputs, shared, cotangents)
+                    _run(loops[size], inputs, shared, cotangents)
                     _synchronize(spec.device)
                 except torch.OutOfMemoryError:
                     if len(found) == 1:
                         raise
-                    del found[plan.chunk_rows]
+                    del found[size]
                     continue
                 if turn:
-                    found[plan.chunk_rows].append(time.perf_counter() - begin)
-    return {rows: statistics.median(seconds) for rows, seconds in found.items()}
+                    found[size].append(time.perf_counter() - begin)
+    return {size: statistics.median(seconds) for size, seconds in found.items()}
 
 
 def _run(

@@ -339,7 +339,8 @@ def _tuned(item: Scheduled, options: Options) -> Scheduled:
     built: dict[int, runtime.Loop] = {}
 
     def build(decided: Plan) -> runtime.Loop:
-        return built.setdefault(decided.chunk_rows, _build(with_plan(decided), options))
+        built[decided.chunk_rows] = _build(with_plan(decided), options)
+        return built[decided.chunk_rows]
 
     plans = sizes_to_try(item.plan, region, options)
     device = region.shared_inputs[0].meta["val"].device
