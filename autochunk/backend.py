@@ -30,10 +30,10 @@ from autochunk.entering import enter
 from autochunk.evaluation import Programs
 from autochunk.find import AMPLIFY, find, op_name, source_line
 from autochunk.lift import lift
-from autochunk.lower import lower, refuse_to_lower
+from autochunk.lower import lower, refuse_to_lower, remaining_write
 from autochunk.plan import plan, sizes_to_try
 from autochunk.report import Report, Row, next_graph, publish, write_debug
-from autochunk.rewrite import Rewritten, Scheduled, rewrite
+from autochunk.rewrite import Rewritten, Scheduled, check_order, refuse_deferral, rewrite
 from autochunk.tail import cotangents, differentiable_outputs
 from autochunk.twin import with_twin
 from autochunk.types import (
@@ -196,8 +196,12 @@ def _analyse(gm: fx.GraphModule, options: Options, required: bool, amplify: floa
     # Each round lowers the heads that are still in; a refusal starts another without that head.
     while kept := [c for c in candidates if c.name not in refusals]:
         lowered = lower(gm.graph, kept)
+        remaining = remaining_write(lowered)
+        if remaining is not None:
+            refusals.update(dict.fromkeys((c.name for c in kept), remaining))
+            break
         lifted = lift(lowered, defer=not required)
-        found = dict(lifted.refusals)
+        found = {**lifted.refusals, **refuse_deferral(gm.graph, lowered, lifted)}
         if not found:
             scheduled, found = _schedule(lowered, lifted, options)
         if not found:
@@ -232,6 +236,7 @@ def _rewrite(
             analysis = replace(analysis, scheduled=scheduled)
         loops = [_loop(item, options) for item in scheduled]
         rewritten = rewrite(analysis.gm, lowered, lifted, scheduled)
+        check_order(analysis.gm.graph, lowered)
         if analysis.gm is not gm:
             stages.append(("twins", _readable(analysis.gm)))
         stages.append(("lowered", _readable(lowered.graph)))

@@ -1,6 +1,7 @@
 """Lower: the candidates' cones, from Dynamo's torch-level calls to functional ATen.
 
-The cone of a set of heads is every node reachable from them. It is run once under ``make_fx``
+The cone of a set of heads is every node that has to run after one of them: because it takes a
+value that depends on it, or through memory (``memory.py``). It is run once under ``make_fx``
 with the fake tensors Dynamo recorded, forward only. Loss functions that hide a reduction over
 rows inside (``nll_loss_forward`` and its like) are decomposed, so that everything ends in
 primitives and the boundary falls where the rows are really mixed.
@@ -9,7 +10,8 @@ What must survive the lowering although autograd is off while it runs:
     autocast    the graph's own enter/exit calls are replayed; ambient autocast is simply on.
                 Both leave ``_to_copy`` nodes.
     no_grad     values computed while the graph has gradients switched off get a ``detach`` node.
-    in-place    functionalised; what cannot be is a refusal.
+    in-place    functionalised; what cannot be is a refusal. Tensors that are written to and made
+                outside of the cone are inputs; their last values are :attr:`Lowered.writes`.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autochunk.find import fake, is_grad_function, is_inplace, op_name, source_line
+from autochunk.find import fake, is_grad_function, op_name, source_line
+from autochunk.memory import Conflict, Memory, storages, written_arguments
 from autochunk.sink import producers
 from autochunk.types import Candidate, Lowered, Refusal
+from autochunk.writes import Inside, conflict_behind, describe, inside_of, refuse_writes
 
 aten = torch.ops.aten
 
@@ -65,36 +69,47 @@ _HEAD = "autochunk_head"
 
 
 def cone_of(graph: fx.Graph, heads: Sequence[fx.Node]) -> list[fx.Node]:
-    """Nodes reachable from ``heads``, themselves included, in graph order, without the output."""
-    reached = set(heads)
-    for node in graph.nodes:
-        if node.op != "output" and any(arg in reached for arg in node.all_input_nodes):
-            reached.add(node)
-    return [node for node in graph.nodes if node in reached]
+    """Nodes that have to run after one of ``heads``, themselves included, without the output."""
+    return list(Memory.of(graph).dependents(graph, heads))
 
 
 def refuse_to_lower(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
     """A construct in a candidate's cone that must not be lowered, as a refusal."""
-    cone = cone_of(graph, [candidate.node])
+    memory = Memory.of(graph)
+    cone = memory.dependents(graph, [candidate.node])
     transform = _transform_around(graph, set(cone))
     if transform is not None:
         return Refusal(
             "higher-order", "torch.func", f"inside {op_name(transform)}", source_line(transform)
         )
     for node in cone:
-        target = node.target
-        if isinstance(target, torch._ops.HigherOrderOperator):
-            custom = "autograd_function" in str(target)
-            code = "custom-function" if custom else "higher-order"
-            return Refusal(code, str(target), f"{target} in its cone", source_line(node))
-        if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and (
-            str(target).split(".")[0] not in ("aten", "prims")
-        ):
-            detail = f"{target} is a custom operator"
-            return Refusal("custom-function", str(target), detail, source_line(node))
-        if node.op == "call_module" or (node.op == "call_function" and is_grad_function(target)):
-            return Refusal("custom-function", op_name(node), f"{target}", source_line(node))
-    return _refuse_mutation(graph, candidate)
+        refusal = _refuse_call(node)
+        if refusal is not None:
+            conflict = conflict_behind(cone, node)
+            return refusal if conflict is None else _cannot_follow(memory, conflict, node)
+    return refuse_writes(graph, memory, cone)
+
+
+def _refuse_call(node: fx.Node) -> Refusal | None:
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        custom = "autograd_function" in str(target)
+        code = "custom-function" if custom else "higher-order"
+        return Refusal(code, str(target), f"{target} in its cone", source_line(node))
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and (
+        str(target).split(".")[0] not in ("aten", "prims")
+    ):
+        detail = f"{target} is a custom operator"
+        return Refusal("custom-function", str(target), detail, source_line(node))
+    if node.op == "call_module" or (node.op == "call_function" and is_grad_function(target)):
+        return Refusal("custom-function", op_name(node), f"{target}", source_line(node))
+    return None
+
+
+def _cannot_follow(memory: Memory, conflict: Conflict, node: fx.Node) -> Refusal:
+    """A call that cannot be lowered depends on the head through memory alone."""
+    detail = f"{describe(memory, conflict)}, and {op_name(node)} cannot move along with them"
+    return Refusal("mutation", op_name(conflict.writer), detail, source_line(conflict.writer))
 
 
 def _transform_around(graph: fx.Graph, cone: set[fx.Node]) -> fx.Node | None:
@@ -121,11 +136,13 @@ def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
     Raises:
         Exception: whatever tracing raises; the backend turns it into a fallback.
     """
-    cone = cone_of(graph, [c.node for c in candidates])
-    moved = producers(graph, cone, candidates)
-    lowered = _lower(graph, candidates, cone, moved)
+    memory = Memory.of(graph)
+    cone = memory.dependents(graph, [c.node for c in candidates])
+    moved = producers(graph, memory, cone, candidates)
+    lowered = _lower(graph, memory, candidates, frozenset(cone), moved)
     if moved and any(_is_random(node) for node in lowered.graph.graph.nodes):
-        return _lower(graph, candidates, cone, set())  # random numbers are drawn in order
+        # Random numbers are drawn in order.
+        return _lower(graph, memory, candidates, frozenset(cone), frozenset())
     return lowered
 
 
@@ -136,18 +153,15 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _lower(
-    graph: fx.Graph, candidates: Sequence[Candidate], cone: Sequence[fx.Node], moved: set[fx.Node]
+    graph: fx.Graph,
+    memory: Memory,
+    candidates: Sequence[Candidate],
+    cone: frozenset[fx.Node],
+    moved: frozenset[fx.Node],
 ) -> Lowered:
     heads = {c.node: c for c in candidates}
-    cone_set = frozenset(cone)
-    run_here = cone_set | moved | (_repeated(graph) - cone_set)
-    inputs = tuple(
-        node
-        for node in graph.nodes
-        if node not in run_here and any(user in run_here for user in node.users)
-    )
-    (output_node,) = (n for n in graph.nodes if n.op == "output")
-    outputs = tuple(n for n in output_node.all_input_nodes if n in cone_set)
+    inside = inside_of(graph, memory, cone, moved, _repeated(graph, memory) - cone)
+    run_here, inputs, outputs = inside.nodes, inside.inputs, inside.outputs
 
     def run(*values: Any) -> list[Any]:
         env: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
@@ -160,15 +174,17 @@ def _lower(
                 _EXIT_AUTOCAST(contexts.pop(node.args[0]))
             elif node.target is _SET_GRAD:
                 grad_enabled = bool(node.args[0])
+            elif node in inside.same:
+                env[node] = env[inside.same[node]]
             elif node in run_here:
                 with _source_of(node, heads):
-                    value = _call(node, env, heads)
-                    if not grad_enabled:
-                        value = pytree.tree_map_only(torch.Tensor, torch.detach, value)
-                    env[node] = value
+                    env[node] = _call(node, env, heads, grad_enabled)
         return [env[node] for node in outputs]
 
-    fakes = [fake(node) for node in inputs]
+    # Functionalisation copies what was written back into its inputs: not into Dynamo's own fakes.
+    fakes = [
+        value.detach() if isinstance(value, torch.Tensor) else value for value in map(fake, inputs)
+    ]
     with contextlib.ExitStack() as stack:
         for value in fakes:
             if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
@@ -184,6 +200,8 @@ def _lower(
             _allow_non_fake_inputs=True,
         )(*fakes)
     _remove_fresh_mutations(lowered)
+    writes = _take_writes(lowered, inside)
+    _copies_to_values(lowered)
     _cast_before_transpose(lowered)
     _split_to_slices(lowered)
     _sized_constants(lowered)
@@ -194,13 +212,37 @@ def _lower(
         graph=lowered,
         inputs=inputs,
         outputs=outputs,
+        writes=writes,
         heads=_head_nodes(lowered.graph, heads),
-        needs_grad=_needs_grad(lowered.graph, fakes),
-        cone=cone_set,
+        needs_grad=_needs_grad(lowered.graph, [inside.needs_grad(node) for node in inputs]),
+        cone=cone,
+        inside=frozenset(run_here),
     )
 
 
-def _repeated(graph: fx.Graph) -> set[fx.Node]:
+def _take_writes(gm: fx.GraphModule, inside: Inside) -> tuple[fx.Node, ...]:
+    """Makes outputs of what functionalisation writes back into inputs, where that can be seen.
+
+    Returns:
+        The Dynamo nodes that are written to; the last outputs of the graph are their values.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    sources = dict(zip(placeholders, inside.inputs, strict=True))
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    writes, values = [], []
+    for node in list(gm.graph.nodes):
+        if node.target is aten.copy_.default and node.args[0] in sources:
+            written, value = node.args[0], node.args[1]
+            node.replace_all_uses_with(value)
+            gm.graph.erase_node(node)
+            if sources[written].op in ("placeholder", "get_attr"):
+                writes.append(sources[written])
+                values.append(value)
+    output.args = ((*output.args[0], *values),)
+    return tuple(writes)
+
+
+def _repeated(graph: fx.Graph, memory: Memory) -> set[fx.Node]:
     """``arange`` calls and their views, and shapes: computed inside the cone again.
 
     There ``logp[arange(N), labels]`` can be seen to be a gather; and a shape, a tuple of symbolic
@@ -215,6 +257,7 @@ def _repeated(graph: fx.Graph) -> set[fx.Node]:
         if isinstance(value, torch.Tensor):
             tensors = [a for a in node.all_input_nodes if isinstance(fake(a), torch.Tensor)]
             is_range = node.target is torch.arange and not tensors
+            is_range = is_range and memory.written.isdisjoint(storages(value))
             is_view = op_name(node) in views and tensors and all(t in repeated for t in tensors)
             if is_range or is_view:
                 repeated.add(node)
@@ -229,23 +272,45 @@ def uses_autocast(graph: fx.Graph) -> bool:
     return ambient or any(node.target is _ENTER_AUTOCAST for node in graph.nodes)
 
 
-def remaining_mutation(graph: fx.Graph) -> fx.Node | None:
-    """The first node of a lowered graph that still writes to one of its arguments."""
-    for node in graph.nodes:
+def remaining_write(lowered: Lowered) -> Refusal | None:
+    """A call of the lowered graph that still writes to one of its arguments, as a refusal."""
+    for node in lowered.graph.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            return node
+            detail = f"{op_name(node)} writes to a tensor and has no functional form"
+            return Refusal("mutation", op_name(node), detail, source_line(node))
     return None
 
 
-def _call(node: fx.Node, env: dict[fx.Node, Any], heads: dict[fx.Node, Candidate]) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+def _call(
+    node: fx.Node,
+    env: dict[fx.Node, Any],
+    heads: dict[fx.Node, Candidate],
+    grad_enabled: bool,
+) -> Any:
+    """The value of a node; one that is computed with gradients switched off is detached.
+
+    An in-place call returns what it writes to, which keeps the gradients that it had.
+    """
     if node in heads:
-        return _call_head(heads[node], env)
+        made = _call_head(heads[node], env)
+        return made if grad_enabled else made.detach()
+    written = written_arguments(node)
+
+    def value_of(arg: fx.Node) -> Any:
+        value = env[arg]
+        read = written and arg not in written and isinstance(value, torch.Tensor)
+        return value.detach() if read and not grad_enabled else value
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     if node.op == "call_function":
-        return node.target(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    raise NotImplementedError(f"cannot lower a {node.op} node: {node.format_node()}")
+        value = node.target(*args, **kwargs)
+    elif node.op == "call_method":
+        value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    else:
+        raise NotImplementedError(f"cannot lower a {node.op} node: {node.format_node()}")
+    if grad_enabled or written:
+        return value
+    return pytree.tree_map_only(torch.Tensor, torch.detach, value)
 
 
 def _call_head(candidate: Candidate, env: dict[fx.Node, Any]) -> torch.Tensor:
@@ -283,14 +348,11 @@ def _head_nodes(graph: fx.Graph, heads: dict[fx.Node, Candidate]) -> dict[fx.Nod
     return found
 
 
-def _needs_grad(graph: fx.Graph, fakes: Sequence[Any]) -> frozenset[fx.Node]:
+def _needs_grad(graph: fx.Graph, inputs_need: Sequence[bool]) -> frozenset[fx.Node]:
     if not torch.is_grad_enabled():
         return frozenset()
-    needs: set[fx.Node] = set()
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    for node, value in zip(placeholders, fakes, strict=True):
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            needs.add(node)
+    needs = {node for node, need in zip(placeholders, inputs_need, strict=True) if need}
     for node in graph.nodes:
         if node.op != "call_function" or node.target is aten.detach.default:
             continue
@@ -303,6 +365,40 @@ def _is_differentiable(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_is_differentiable(v) for v in value)
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _copies_to_values(gm: fx.GraphModule) -> None:
+    """``copy(a, b)``, which functionalisation leaves of ``a.copy_(b)`` → ``b`` as ``a`` is.
+
+    Autograd has no derivative of it.
+    """
+    for node in list(gm.graph.nodes):
+        if node.target is not aten.copy.default:
+            continue
+        source, val = node.args[1], node.meta["val"]
+        with gm.graph.inserting_before(node):
+            if (source.meta["val"].dtype, source.meta["val"].device) != (val.dtype, val.device):
+                kwargs = {"dtype": val.dtype, "device": val.device}
+                cast = gm.graph.call_function(aten._to_copy.default, (source,), kwargs)
+                cast.meta = {**node.meta, "val": source.meta["val"].to(**kwargs)}
+                source = cast
+            if [*map(str, source.meta["val"].shape)] != [*map(str, val.shape)]:
+                sizes = [_size_of(gm.graph, node.args[0], d) for d in range(val.dim())]
+                wide = gm.graph.call_function(aten.expand.default, (source, sizes))
+                wide.meta = {**node.meta, "val": source.meta["val"].expand(val.shape)}
+                source = wide
+        node.replace_all_uses_with(source)
+        gm.graph.erase_node(node)
+
+
+def _size_of(graph: fx.Graph, node: fx.Node, dim: int) -> Any:
+    """A size of a node as a number, or as the node that computes it."""
+    size = node.meta["val"].shape[dim]
+    if not isinstance(size, torch.SymInt):
+        return size
+    made = graph.call_function(aten.sym_size.int, (node, dim))
+    made.meta = {"val": size}
+    return made
 
 
 def _cast_before_transpose(gm: fx.GraphModule) -> None:
@@ -379,6 +475,8 @@ def _sized_constants(gm: fx.GraphModule) -> None:
             size, fill = node.args[0], _CONSTANTS[node.target]
         elif node.target is aten.new_full.default:
             size, fill = node.args[1], node.args[2]
+        elif node.target is aten.zero.default and _has_numbers(node.meta["val"].shape):
+            size, fill = list(node.meta["val"].shape), 0
         else:
             continue
         val = node.meta["val"]
@@ -389,6 +487,10 @@ def _sized_constants(gm: fx.GraphModule) -> None:
             constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
         gm.graph.erase_node(node)
+
+
+def _has_numbers(shape: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) for size in shape)
 
 
 _WITH_TENSOR = {
@@ -459,7 +561,7 @@ def _remove_fresh_mutations(gm: fx.GraphModule) -> None:
     """Rewrites ``x.op_(…)`` to ``x = x.op(…)`` where ``x`` is a temporary nobody aliases.
 
     Composite ops (cross entropy with label smoothing) use such calls inside, beneath
-    functionalisation. ``remaining_mutation`` finds those that had to stay.
+    functionalisation. ``remaining_write`` finds those that had to stay.
     """
     for node in list(gm.graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -503,22 +605,3 @@ def _is_view(node: fx.Node) -> bool:
         arg.alias_info is not None and not arg.alias_info.is_write
         for arg in target._schema.arguments
     )
-
-
-def _refuse_mutation(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
-    """In-place edits that reordering could expose: outside the cone but after the head.
-
-    The rewrite moves the cone behind everything else, so a tensor of the outside that is
-    modified after the head ran must not be one that the cone reads. Edits *inside* the cone are
-    functionalised; whatever of them remains is found in the lowered graph.
-    """
-    cone = set(cone_of(graph, [candidate.node]))
-    inside = cone | producers(graph, cone, [candidate])
-    after = False
-    for node in graph.nodes:
-        after = after or node is candidate.node
-        if after and is_inplace(node) and node not in inside:
-            name = op_name(node)
-            detail = f"{name} modifies a tensor after the head ran"
-            return Refusal("mutation", name, detail, source_line(node))
-    return None

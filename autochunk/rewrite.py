@@ -25,10 +25,24 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from autochunk.find import fake, op_name, source_line
 from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
+from autochunk.memory import Memory, is_alias, storages, written_arguments
+from autochunk.sink import ancestors
 from autochunk.tail import logical_order, output_index
-from autochunk.types import Cotangents, Lifted, Lowered, Plan, Region, RowInput, RowOp, RowValue
+from autochunk.types import (
+    Cotangents,
+    Lifted,
+    Lowered,
+    Plan,
+    Refusal,
+    Region,
+    RowInput,
+    RowOp,
+    RowValue,
+)
 from autochunk.walk import is_size, row_input_features
+from autochunk.writes import name_of
 
 aten = torch.ops.aten
 
@@ -93,6 +107,57 @@ def rewrite(
     return _Writer(gm, lowered, lifted, scheduled).write()
 
 
+class ReorderedError(RuntimeError):
+    """A rewrite that would move a reader of a tensor past a writer of it: a fault of ours."""
+
+
+def check_order(graph: fx.Graph, lowered: Lowered) -> None:
+    """Checks that calls which share memory keep their order, whatever decided on the cone.
+
+    Raises:
+        ReorderedError: where one would not, or where a write would get lost.
+    """
+    memory = Memory.of(graph)
+    crossed = memory.reordered(graph, lowered.inside)
+    if crossed is not None:
+        first, second = crossed
+        raise ReorderedError(
+            f"{op_name(first)} ({source_line(first)}) would run after {op_name(second)} "
+            f"({source_line(second)}), and one of them writes to memory that the other one uses"
+        )
+    kept = frozenset().union(*(storages(fake(node)) for node in lowered.writes))
+    for node in lowered.inside:
+        for storage in memory.access(node).writes - kept:
+            if memory.is_input(storage):
+                raise ReorderedError(f"what {op_name(node)} writes would be lost")
+
+
+def refuse_deferral(graph: fx.Graph, lowered: Lowered, lifted: Lifted) -> dict[str, Refusal]:
+    """Heads whose logits are returned although the graph writes to what they are made of.
+
+    Deferred logits are computed after the call, when those tensors have other values.
+    """
+    if not lowered.writes or not lifted.deferred:
+        return {}
+    written = frozenset().union(*(storages(fake(node)) for node in lowered.writes))
+    memory = Memory.of(graph)
+    placeholders = [n for n in lowered.graph.graph.nodes if n.op == "placeholder"]
+    dynamo = dict(zip(placeholders, lowered.inputs, strict=True))
+    found: dict[str, Refusal] = {}
+    for wide in lifted.deferred:
+        behind = ancestors([wide])
+        for node in behind & dynamo.keys():
+            for storage in storages(fake(dynamo[node])) & written:
+                detail = (
+                    f"the logits are returned, and the graph writes to {name_of(memory, storage)}, "
+                    "which they are computed from"
+                )
+                refusal = Refusal("mutation", op_name(wide), detail, source_line(wide))
+                heads = (lowered.heads[n].name for n in behind if n in lowered.heads)
+                found.update(dict.fromkeys(heads, refusal))
+    return found
+
+
 class _Writer:
     def __init__(
         self,
@@ -134,6 +199,7 @@ class _Writer:
         deferrals, extra = self._deferrals(output)
         for node in reversed(exits):
             self.new.call_function(_EXIT_AUTOCAST, (node,))
+        self._write_back()
         gone = {p for d in deferrals for p in d.positions}
         flat = list(output.args[0])
         kept = [i for i in range(len(flat)) if i not in gone]
@@ -215,8 +281,7 @@ class _Writer:
 
     def _deferrals(self, output: fx.Node) -> tuple[list[Deferral], list[fx.Node]]:
         flat = list(output.args[0])
-        (lowered_output,) = (n for n in self.lowered.graph.graph.nodes if n.op == "output")
-        lowered_results = list(lowered_output.args[0])
+        lowered_results = self.lowered.results
         extra: list[fx.Node] = []
         placeholders = [n for n in self.new.nodes if n.op == "placeholder"]
         deferrals = []
@@ -265,11 +330,30 @@ class _Writer:
     def _returned(self, arg: Any) -> Any:
         if not isinstance(arg, fx.Node):
             return arg
-        if arg not in self.lowered.cone:
-            return self.from_dynamo[arg]
-        (lowered_output,) = (n for n in self.lowered.graph.graph.nodes if n.op == "output")
-        node = lowered_output.args[0][self.lowered.outputs.index(arg)]
+        if arg not in self.lowered.outputs:
+            return self._alias(arg)
+        node = self.lowered.results[self.lowered.outputs.index(arg)]
         return self._get(node) if isinstance(node, fx.Node) else node
+
+    def _alias(self, node: fx.Node) -> fx.Node:
+        """What stayed outside, or shares memory with it: a write returns what it wrote to."""
+        if node not in self.from_dynamo:
+            if is_alias(node):
+                self.from_dynamo[node] = self.new.node_copy(node, self._alias)
+            else:
+                self.from_dynamo[node] = self._alias(written_arguments(node)[0])
+        return self.from_dynamo[node]
+
+    def _write_back(self) -> None:
+        """Writes what the cone wrote to inputs and buffers, in the end: nobody else reads it."""
+        for node, value in self.lowered.written.items():
+            new = self._get(value)
+            recorded = value in self.lowered.needs_grad
+            if not recorded:
+                self.new.call_function(torch._C._set_grad_enabled, (False,))
+            self._emit(aten.copy_.default, self.from_dynamo[node], new)
+            if not recorded:
+                self.new.call_function(torch._C._set_grad_enabled, (True,))
 
     # ---- values
 

@@ -130,21 +130,6 @@ def _to_copy(walk: Walk, node: fx.Node) -> RowValue:
     return _pointwise(walk, node)
 
 
-# copy(a, b) is b, cast to a's dtype: pointwise in b. It is what functionalisation leaves of an
-# in-place op inside a composite one.
-@_register("pointwise", [aten.copy.default])
-def _copy(walk: Walk, node: fx.Node) -> RowValue:
-    target, source = node.args[0], node.args[1]
-    value = walk.row_argument(node, source)
-    out = target.meta["val"]
-    if not same_shape(out.shape, value.shape):
-        raise Boundary("no-rule", "a copy that broadcasts")
-    if out.dtype == value.val.dtype:
-        return value
-    emitted = walk.emit(aten._to_copy.default, value.node, dtype=out.dtype)
-    return walk.result(node, emitted, value.is_row, value, [value])
-
-
 # ---- reductions over features ----------------------------------------------------------------
 
 _SPLITS: dict[Any, Any] = {

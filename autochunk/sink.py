@@ -25,63 +25,71 @@ from autochunk.find import (
     hint,
     is_grad_function,
     is_inplace,
-    op_name,
     parse_linear,
 )
+from autochunk.memory import Access, Memory
 from autochunk.types import NARROW, Candidate, Lowered
-
-_FACTORIES = {"zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "clone"}
-_FACTORIES |= {"new_zeros", "new_ones", "new_full"}
 
 
 def producers(
-    graph: fx.Graph, cone: Collection[fx.Node], heads: Sequence[Candidate]
-) -> set[fx.Node]:
+    graph: fx.Graph, memory: Memory, cone: Collection[fx.Node], heads: Sequence[Candidate]
+) -> frozenset[fx.Node]:
     """Dynamo nodes whose wide values only the cone reads, and what only the cone makes of them.
 
     What the heads themselves are computed from is not among them. In-place ops are, where they
-    write to a tensor made here. There are none where a tensor that they read could be modified
-    before the cone runs.
+    write to a tensor made here. A node whose arguments are written to before the cone runs, or
+    whose own memory somebody else uses, is not.
     """
     least = min(hint(fake(c.node).numel()) for c in heads)
     needed = ancestors([c.node for c in heads])
-    found = {n for n in graph.nodes if n not in cone and n not in needed and _is_pure(n)}
-    made: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node not in found or (is_inplace(node) and node.args[0] not in made):
-            continue
-        if op_name(node) in _FACTORIES or is_inplace(node):
-            made.add(node)
-    while True:
-        kept = {
+    found = _movable(
+        graph,
+        memory,
+        cone,
+        {
             n
-            for n in found
-            if all(user in found or user in cone for user in n.users)
-            and (n.users or is_inplace(n))
-            and (not is_inplace(n) or (n in made and n.args[0] in found))
-        }
-        if kept == found:
-            break
-        found = kept
+            for n in graph.nodes
+            if n not in cone and n not in needed and _is_pure(n, memory.access(n))
+        },
+    )
     sunk: set[fx.Node] = set()
     for node in graph.nodes:
         wide = any(hint(t.numel()) * NARROW > least for t in _tensors(fake(node)))
         if node in found and (wide or any(a in sunk for a in node.all_input_nodes)):
             sunk.add(node)
-    moved = False
-    for node in graph.nodes:
-        moved = moved or node in sunk
-        if moved and is_inplace(node) and node not in sunk and node not in cone:
-            return set()
-    return sunk
+    return frozenset(_movable(graph, memory, cone, sunk))
 
 
-def _is_pure(node: fx.Node) -> bool:
+def _movable(
+    graph: fx.Graph, memory: Memory, cone: Collection[fx.Node], nodes: set[fx.Node]
+) -> set[fx.Node]:
+    """The largest part of ``nodes`` that could run right before the cone instead."""
+    while True:
+        inside = {*nodes, *cone}
+        users_inside = {
+            n
+            for n in nodes
+            if all(user in inside for user in n.users)
+            and (n.users or memory.access(n).writes)
+            and all(memory.base(storage) in inside for storage in memory.access(n).writes)
+        }
+        if users_inside != nodes:
+            nodes = users_inside
+            continue
+        crossed = memory.reordered(graph, inside)
+        if crossed is None or crossed[0] in cone:  # the cone alone keeps the order
+            return nodes
+        nodes = nodes - {crossed[0]}
+
+
+def _is_pure(node: fx.Node, access: Access) -> bool:
     """Whether a call computes tensors from its arguments and could be made later as well."""
     target = node.target
     if node.op not in ("call_function", "call_method"):
         return False
     if not _tensors(fake(node)) and not is_inplace(node):
+        return False
+    if access.hidden:
         return False
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(target).split(".")[0] in ("aten", "prims")

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autochunk.find import as_candidate, fake, is_inplace, is_random, op_name
+from autochunk.find import as_candidate, fake, is_random, op_name
 from autochunk.lower import cone_of
+from autochunk.memory import Memory
 from autochunk.sink import ancestors
 
 _TRANSPOSING = {"t", "T", "mT", "H", "transpose", "permute", "swapaxes", "swapdims", "movedim"}
@@ -41,8 +42,11 @@ def with_twin(gm: fx.GraphModule, name: str) -> fx.GraphModule | None:
     cone = cone_of(graph, [head])
     transposing = [node for node in cone if _transposes(node, head)]
     path = ancestors(transposing).intersection(cone) - {*transposing, head}
-    if not transposing or any(is_inplace(node) or is_random(node) for node in path):
+    if not transposing or any(is_random(node) for node in path):
         return None
+    memory = Memory.of(graph)
+    if any(memory.access(node).writes for node in cone):
+        return None  # a second product would need what is written a second time
     x, weight = candidate.x, candidate.weight
     with graph.inserting_before(head.next):
         other = weight

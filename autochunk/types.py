@@ -125,20 +125,37 @@ class Lowered:
 
     Attributes:
         graph: Placeholders are the cone's inputs; outputs the cone's values that the Dynamo
-            graph returns. Every node has ``meta["val"]`` (a fake tensor or a number).
+            graph returns, then what it writes to tensors that exist before. Every node has
+            ``meta["val"]`` (a fake tensor or a number).
         inputs: The Dynamo node of each placeholder.
-        outputs: The Dynamo node of each output.
+        outputs: The Dynamo node of each output but the writes.
+        writes: The Dynamo node that each of the last outputs is written to.
         heads: The candidate of each head's ``mm``/``addmm`` node.
         needs_grad: Nodes through which a gradient flows.
         cone: The Dynamo nodes that this graph replaces.
+        inside: The Dynamo nodes that it computes: the cone, and what is needed for it alone or
+            computed twice.
     """
 
     graph: fx.GraphModule
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    writes: tuple[fx.Node, ...]
     heads: Mapping[fx.Node, Candidate]
     needs_grad: frozenset[fx.Node]
     cone: frozenset[fx.Node]
+    inside: frozenset[fx.Node]
+
+    @property
+    def results(self) -> tuple[Any, ...]:
+        """The values of ``outputs`` and of ``writes``."""
+        (output,) = (node for node in self.graph.graph.nodes if node.op == "output")
+        return tuple(output.args[0])
+
+    @property
+    def written(self) -> Mapping[fx.Node, Any]:
+        """The value that each of ``writes`` gets."""
+        return dict(zip(self.writes, self.results[len(self.outputs) :], strict=True))
 
 
 @dataclass(frozen=True, eq=False)

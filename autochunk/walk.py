@@ -36,6 +36,7 @@ from autochunk.types import (
     RowValue,
     Split,
 )
+from autochunk.writes import tensor_name
 
 _CONSTANTS = (aten.scalar_tensor.default, aten.full.default)
 
@@ -255,13 +256,21 @@ class Walk:
         self.tail[node] = None
 
     def _outputs(self, node: fx.Node) -> None:
+        written = {value: target for target, value in self.lowered.written.items()}
         for out in dict.fromkeys(node.all_input_nodes):
             value = self.env.get(out)
-            if isinstance(value, RowValue):
-                if self._is_wide(value):
-                    self.deferred.append(out)
-                else:
-                    self.values[out] = value
+            if not isinstance(value, RowValue):
+                continue
+            if not self._is_wide(value):
+                self.values[out] = value
+            elif out in written:
+                name = tensor_name(written[out])
+                detail = f"the logits are written to {name}, which outlives the call"
+                refusal = Refusal("mutation", op_name(out), detail, source_line(out))
+                for head in value.heads & self.names:
+                    self._found.setdefault(head, refusal)
+            else:
+                self.deferred.append(out)
 
     def _seed(self, node: fx.Node) -> RowValue:
         bound = bind(node)
