@@ -7,8 +7,8 @@
 Two calls keep their order if one of them writes to a storage that the other one reads or writes.
 The fake tensors that Dynamo leaves tell storages apart: a view, a detached alias and the result of
 an in-place op share theirs. What a call writes to is told by its name, by its schema or by its
-arguments. A fake whose version has moved although no such call is known makes writers of all
-calls that take it.
+arguments. An input whose fake's version has moved although no such call is known makes writers of
+all calls that take it.
 """
 
 from __future__ import annotations
@@ -314,8 +314,11 @@ def _argument(node: fx.Node, position: int, name: str) -> Any:
 
 
 def _was_written(node: fx.Node) -> bool:
-    """Whether Dynamo's own run of the graph moved the version of a value."""
+    """Whether Dynamo's own run of the graph moved the version of an input.
+
+    That of a tensor made in the graph tells nothing: the call that makes it may move it.
+    """
     value = fake(node)
-    if not isinstance(value, Tensor) or value.is_inference():
+    if node.op != "placeholder" or not isinstance(value, Tensor) or value.is_inference():
         return False
     return value._version > 0
