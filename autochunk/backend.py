@@ -275,7 +275,7 @@ def _spec(region: Region, decided: Plan, options: Options) -> BodySpec:
     for spec in region.row_inputs:
         val = spec.source.meta["val"]
         sizes = tuple(int(f) for f in row_input_features(spec))
-        rows.append(TensorSpec(sizes, (), val.dtype, val.device))
+        rows.append(TensorSpec(sizes, (), spec.dtype, val.device))
     shared = []
     for node in region.shared_inputs:
         val = node.meta["val"]

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from autochunk.sink import ancestors, sinkable
+from autochunk.tables import with_tables
 from autochunk.types import IndexCheck, Lifted, Lowered, Refusal, Region, RowValue
 from autochunk.walk import Walk, row_input_features
 
@@ -35,7 +36,9 @@ def lift(lowered: Lowered, defer: bool = True) -> Lifted:
         if (len(with_sunk[1]), len(with_sunk[2])) <= (len(refusals), len(groups)):
             walk, refusals, groups = with_sunk
     walk.drop_all_but(groups)
-    regions = tuple(_region(f"region{i}", walk, group) for i, group in enumerate(groups))
+    regions = tuple(
+        with_tables(_region(f"region{i}", walk, group)) for i, group in enumerate(groups)
+    )
     return Lifted(
         regions=regions,
         refusals=refusals,

@@ -214,6 +214,10 @@ class RowInput:
         row_shape: The rows it is expanded to.
         chain: The row ops already applied when it was met.
         own: Row ops of its own, applied before the rest of the region's chain.
+        repeated: Dimensions of the source along which all its numbers are the same (it is a view
+            with stride zero there): only the first of them is read.
+        position: A row dimension: the input is not the source, but where a row stands in it along
+            that dimension.
     """
 
     source: fx.Node
@@ -221,6 +225,18 @@ class RowInput:
     row_shape: tuple[int | torch.SymInt, ...]
     chain: tuple[RowOp, ...]
     own: tuple[RowOp, ...] = ()
+    repeated: tuple[int, ...] = ()
+    position: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64 if self.position is not None else self.source.meta["val"].dtype
+
+    @property
+    def shape(self) -> tuple[int | torch.SymInt, ...]:
+        """The source's shape, of which only the first is read where it repeats itself."""
+        shape = self.source.meta["val"].shape
+        return tuple(1 if d in self.repeated else s for d, s in enumerate(shape))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ from autochunk.types import (
     Split,
 )
 
+#: Calls of a Dynamo graph whose result repeats what they are given.
+_EXPANSIONS = ("expand", "expand_as", "broadcast_to")
+
 _CONSTANTS = (aten.scalar_tensor.default, aten.full.default)
 
 
@@ -217,6 +220,33 @@ class Walk:
                 heads=frozenset({f"rows of {arg.name}"}),
                 needs_grad=arg in self.lowered.needs_grad,
                 val=val,
+            )
+            return arg
+        return self._broadcast_source_of(node, wide)
+
+    def _broadcast_source_of(self, node: fx.Node, wide: Sequence[Any]) -> fx.Node | None:
+        """As :meth:`_source_of`, where no operand of a pointwise op has all the rows."""
+        target, val = node.target, node.meta["val"]
+        if not isinstance(target, torch._ops.OpOverload) or not isinstance(val, torch.Tensor):
+            return None
+        is_row = rows_of(val.shape, wide) if torch.Tag.pointwise in target.tags else None
+        if is_row is None:
+            return None
+        rows = tuple(s for s, row in zip(val.shape, is_row, strict=True) if row)
+        for arg in node.all_input_nodes:
+            tensor = arg.meta["val"]
+            if not isinstance(tensor, torch.Tensor) or not tensor.dim() or arg.target in _CONSTANTS:
+                continue
+            padded = [1] * (val.dim() - tensor.dim()) + list(tensor.shape)
+            shape = [s if row else f for s, row, f in zip(val.shape, is_row, padded, strict=True)]
+            self.env[arg] = RowValue(
+                node=self._row_input(RowInput(arg, is_row, rows, ())),
+                is_row=is_row,
+                shape=tuple(shape),
+                chain=(),
+                heads=frozenset({f"rows of {arg.name}"}),
+                needs_grad=arg in self.lowered.needs_grad,
+                val=tensor,
             )
             return arg
         return None
@@ -545,7 +575,61 @@ class Walk:
         )
 
     def _row_input(self, spec: RowInput) -> fx.Node:
-        key = ("row", spec.source, spec.is_row, spec.chain, len(spec.row_shape), spec.own)
+        """A row-aligned outer value; what repeats itself along features is read once a row.
+
+        Targets and masks that are broadcast against the logits are views of a few numbers a row.
+        They enter the body as those, and are expanded there: as inputs of the loop they would be
+        copies of the logits' size, and so would their gradients.
+        """
+        narrowest = self._narrowest(spec)
+        features, kept = row_input_features(spec), row_input_features(narrowest)
+        if same_shape(features, kept):
+            return self._row_placeholder(replace(narrowest, repeated=()))
+        if any(isinstance(f, torch.SymInt) and f.node.hint is None for f in features):
+            return self._row_placeholder(spec)
+        # int() specialises a symbolic size: everything but the rows is static in a kernel.
+        sizes = [int(f) for f in features]
+        return self.emit(aten.expand.default, self._row_placeholder(narrowest), [-1, *sizes])
+
+    def _narrowest(self, spec: RowInput) -> RowInput:
+        source = spec.source
+        while source.target is aten.expand.default:
+            source = source.args[0]
+        val = source.meta["val"]
+        pad = len(spec.is_row) - val.dim()
+        repeated: list[int] = []
+        if source not in self.lowered.needs_grad or not self._is_given_repeated(source):
+            repeated = [
+                d
+                for d, (size, stride) in enumerate(zip(val.shape, val.stride(), strict=True))
+                if not spec.is_row[pad + d] and statically_known_true(stride == 0) and size != 1
+            ]
+        return replace(spec, source=source, repeated=tuple(repeated))
+
+    def _is_given_repeated(self, node: fx.Node) -> bool:
+        """Whether a value could be a view of an input that repeats itself.
+
+        A gradient of such an input has numbers of its own at each place; in one of ``expand`` in
+        the graph they are summed.
+        """
+        given = dict(
+            zip(
+                (n for n in self.lowered.graph.graph.nodes if n.op == "placeholder"),
+                self.lowered.inputs,
+                strict=True,
+            )
+        )
+        return any(
+            0 in n.meta["val"].stride() and op_name(given[n]) not in _EXPANSIONS
+            for n in ancestors([node])
+            if n in given and isinstance(n.meta["val"], torch.Tensor)
+        )
+
+    def _row_placeholder(self, spec: RowInput) -> fx.Node:
+        key = (
+            *("row", spec.source, spec.is_row, spec.chain, len(spec.row_shape), spec.own),
+            spec.repeated,
+        )
         if key not in self._inputs:
             features = row_input_features(spec)
             val = spec.source.meta["val"]
@@ -569,7 +653,8 @@ def is_size(node: fx.Node) -> bool:
 
 def row_input_features(spec: RowInput) -> list[Any]:
     """Features of a row input: the source's, padded from the left with ones."""
-    shape = spec.source.meta["val"].shape
-    pad = len(spec.is_row) - len(shape)
-    padded = [1] * pad + list(shape)
+    if spec.position is not None:
+        return []
+    pad = len(spec.is_row) - len(spec.shape)
+    padded = [1] * pad + list(spec.shape)
     return [s for s, row in zip(padded, spec.is_row, strict=True) if not row]
