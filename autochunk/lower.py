@@ -187,6 +187,7 @@ def _lower(
     _cast_before_transpose(lowered)
     _split_to_slices(lowered)
     _sized_constants(lowered)
+    _copies_to_casts(lowered)
     _numbers_to_tensors(lowered)
     lowered.graph.eliminate_dead_code()
     lowered.recompile()
@@ -388,6 +389,33 @@ def _sized_constants(gm: fx.GraphModule) -> None:
             )
             constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
+        gm.graph.erase_node(node)
+
+
+def _copies_to_casts(gm: fx.GraphModule) -> None:
+    """``copy(a, b)`` → ``b``, broadcast to the shape of ``a`` and cast to its dtype.
+
+    It is what functionalisation makes of ``out[1] = losses``. It has no derivative in ATen.
+    """
+    for node in list(gm.graph.nodes):
+        if node.target is not aten.copy.default:
+            continue
+        target, made = node.args[:2]
+        val, source = node.meta["val"], made.meta["val"]
+        sizes = list(val.shape)
+        with gm.graph.inserting_before(node):
+            if [str(s) for s in sizes] != [str(s) for s in source.shape]:
+                for d, size in enumerate(sizes):
+                    if not isinstance(size, int):
+                        sizes[d] = gm.graph.call_function(aten.sym_size.int, (target, d))
+                        sizes[d].meta = {**node.meta, "val": size}
+                made = gm.graph.call_function(aten.expand.default, (made, sizes))
+                made.meta = {**node.meta, "val": source.expand(val.shape)}
+            if (val.dtype, val.device) != (source.dtype, source.device):
+                kwargs = {"dtype": val.dtype, "device": val.device}
+                made = gm.graph.call_function(aten._to_copy.default, (made,), kwargs)
+                made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
         gm.graph.erase_node(node)
 
 

@@ -41,7 +41,8 @@ REFUSAL_CODES: Mapping[str, str] = {
     "no-rule": "No rule states that this op treats rows independently.",
     "misaligned": "An op combines the logits with a tensor whose rows are not theirs: another "
     "order, another selection or another number of rows.",
-    "two-pass": "An op on the logits needs a number that is itself computed from all the logits.",
+    "two-pass": "An op on the logits, or the head itself, needs a number that is computed from "
+    "all the logits of this head or of another.",
     "random": "The op draws random numbers; a chunk would draw others.",
     "mutation": "A tensor that the head's computation reads is modified in place.",
     "higher-order": "The head is inside a higher-order op (`torch.cond`, `while_loop`, "
@@ -276,7 +277,7 @@ class Region:
         all_checked: Whether that is all indices there are; others depend on the logits.
         row_grads, shared_grads: Positions of the inputs that need a gradient.
         rows: Number of rows.
-        wide_features: Elements per row of the widest value.
+        wide_features: Elements per row of its logits, or of a wider value.
         wide_itemsize: Bytes per element of the widest value's chunk buffer.
         saved_bytes: Bytes of the logits at full size (hinted), for the report.
     """

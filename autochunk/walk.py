@@ -23,7 +23,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autochunk.find import hint, op_name, source_line
-from autochunk.pieces import join
+from autochunk.pieces import join, whole
 from autochunk.rules import Boundary, aten, bind, rule_for, same_rows, same_shape, same_size
 from autochunk.sink import ancestors, rows_of
 from autochunk.types import (
@@ -39,6 +39,15 @@ from autochunk.types import (
 
 #: Calls of a Dynamo graph whose result repeats what they are given.
 _EXPANSIONS = ("expand", "expand_as", "broadcast_to")
+
+#: Ops of floating point results that carry no gradient.
+_WITHOUT_GRADIENT = (
+    aten.detach.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+)
 
 _CONSTANTS = (aten.scalar_tensor.default, aten.full.default)
 
@@ -106,14 +115,13 @@ class Walk:
                     returned = any(self._from(n, candidate.name) for n in self.deferred)
                     if returned and defer:
                         continue
-                    detail = (
-                        "the logits are returned and nothing in this graph reduces them"
-                        if returned
-                        else "nothing in this graph uses the logits"
-                    )
-                    found[candidate.name] = Refusal(
-                        "not-reduced", op_name(node), detail, candidate.source
-                    )
+                    code, detail = "not-reduced", "nothing in this graph uses the logits"
+                    if returned:
+                        detail = "the logits are returned and nothing in this graph reduces them"
+                    elif node in self.tail:
+                        code = "two-pass"
+                        detail = "its hidden states are computed from another head's results"
+                    found[candidate.name] = Refusal(code, op_name(node), detail, candidate.source)
         return found
 
     def join_pieces(self) -> None:
@@ -176,7 +184,12 @@ class Walk:
             self.splits[node] = result
             self.tail[node] = None
         else:
-            self.env[node] = result
+            self.env[node] = self._of_head(node, result) if node in self.heads else result
+
+    def _of_head(self, node: fx.Node, result: RowValue) -> RowValue:
+        """The output of a head whose hidden states were computed from another's, row by row."""
+        self.products[result.node] = self.heads[node]
+        return replace(result, heads=result.heads | {self.heads[node].name})
 
     def _sink(self, node: fx.Node) -> None:
         """Computes a node in the body that depends on no head, if there is a rule for it."""
@@ -268,19 +281,17 @@ class Walk:
     def _stop(self, node: fx.Node, lifted: Sequence[fx.Node], boundary: Boundary) -> None:
         for arg in lifted:
             value = self.env[arg]
-            parts = value if isinstance(value, tuple) else (value,)
-            if isinstance(value, tuple) or any(self._is_wide(part) for part in parts):
+            if isinstance(value, tuple) or self._is_wide(value):
                 refusal = Refusal(
                     boundary.code,
                     op_name(node),
                     boundary.detail,
                     source_line(node),
                 )
-                for part in parts:
+                for part in parts(value):
                     for name in part.heads & self.names:
                         self._found.setdefault(name, refusal)
             else:
-                assert isinstance(value, RowValue)
                 self.values[arg] = value
         self.tail[node] = None
 
@@ -386,7 +397,7 @@ class Walk:
             a in self.lowered.needs_grad for a in node.all_input_nodes if a not in self.env
         )
         grad = outer_grad or any(o.needs_grad for o in row_operands)
-        grad = grad and val.is_floating_point() and node.target is not aten.detach.default
+        grad = grad and val.is_floating_point() and node.target not in _WITHOUT_GRADIENT
         if not grad and not any(o.node is emitted for o in row_operands):
             self.without_gradient.add(emitted)
         return RowValue(
@@ -464,6 +475,10 @@ class Walk:
         if not all(same_rows(o.row_shape, first.row_shape) for o in operands):
             return list(operands)
         return [o if o.chain == first.chain else self._compute_again(o, first) for o in operands]
+
+    def joined(self, operands: Sequence[RowValue]) -> RowValue | None:
+        """The value that operands are all the pieces of; the caller sets its shape."""
+        return whole(operands, self.body, self.row_inputs)
 
     def _compute_again(self, value: RowValue, like: RowValue) -> RowValue:
         copies = self._again.setdefault((value.chain, like.chain), {})
@@ -643,6 +658,11 @@ class Walk:
             placeholder = self.body.placeholder(name)
         placeholder.meta["val"] = val
         return placeholder
+
+
+def parts(value: RowValue | tuple[RowValue, ...]) -> tuple[RowValue, ...]:
+    """The results of an op that may have several."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def is_size(node: fx.Node) -> bool:

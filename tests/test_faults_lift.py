@@ -255,3 +255,153 @@ def test_fault_L_peak_with_broadcast_operands(names):
         assert found <= bound, f"{name}, {'backward' if grad else 'forward'}: {found / MIB:.1f} MiB"
         if baseline:
             assert found <= 0.35 * baseline[0], f"{name}: {found / baseline[0]:.2f} of Inductor's"
+
+
+# ---- Z0: the last, widest product is the head ------------------------------------------------
+
+
+def _behind_an_mlp(x, w1, w2, w, y):
+    h = x + F.linear(F.gelu(F.linear(x, w1)), w2)
+    return F.cross_entropy(F.linear(h, w), y)
+
+
+@pytest.mark.parametrize("ratio", [4, 8, 16, 64])
+def test_fault_Z0_an_inner_layer_is_no_head(ratio, no_codegen):
+    """Whatever its width, larger than the vocabulary's included."""
+    inputs = [leaf(N, H), leaf(ratio * H, H), leaf(H, ratio * H), leaf(4 * V, H)]
+    function = compiled(_behind_an_mlp)
+    inputs.append(torch.randint(0, 4 * V, (N,)))
+    with collect() as reports:
+        actual = run(function, inputs)
+    (report,) = reports
+    assert [row.shape for row in report.chunked] == [f"{N} × {4 * V} float32"]
+    (refused,) = report.refused
+    assert refused.refusal.code == "feeds-layer"
+    assert refused.refusal.detail == f"the {ratio * H}-wide output enters linear"
+    check(actual, run(_behind_an_mlp, inputs), run(_behind_an_mlp, widened(inputs)), torch.float32)
+
+
+def test_fault_Z0_the_budget_is_of_the_logits(no_codegen):
+    inputs = [leaf(N, H), leaf(8 * H, H), leaf(H, 8 * H), leaf(4 * V, H)]
+    options = {"min_bytes": 0, "memory_budget": 5 * 4 * V * 4, "strict": True}
+    explained = autochunk.explain(_behind_an_mlp, options=options)(
+        *inputs, torch.randint(0, 4 * V, (N,))
+    )
+    assert [row.chunks for row in explained.chunked] == ["5 × 5"]
+
+
+def test_fault_Z0_a_value_wider_than_the_logits_is_planned_for(no_codegen):
+    function = lambda x, w: torch.cat([F.linear(x, w)] * 3, -1).sort(-1).values[:, 0]  # noqa: E731
+    options = {"min_bytes": 0, "memory_budget": 4 * 3 * V * 4, "strict": True}
+    explained = autochunk.explain(function, options=options)(leaf(N, H), leaf(V, H))
+    assert [row.chunks for row in explained.chunked] == ["6 × 4"]
+
+
+def test_fault_Z0_heads_that_depend_on_heads_row_by_row(no_codegen):
+    """Logits that are reduced and embedded are a head of their own; both are in one region."""
+
+    def soft(x, w, e, y):
+        z = F.linear(x, w)
+        return F.cross_entropy(z, y) + F.cross_entropy(F.linear(z.softmax(-1) @ e, w), y)
+
+    def greedy(x, w, e, y):
+        z = F.linear(x, w)
+        return F.cross_entropy(z, y) + F.cross_entropy(
+            F.linear(F.embedding(z.argmax(-1), e) + x, w), y
+        )
+
+    inputs = [leaf(N, H), leaf(V, H), leaf(V, H), torch.randint(0, V, (N,))]
+    for function in (soft, greedy):
+        check_chunked(function, inputs, heads=2)
+        assert len(runtime.REGIONS) == 1
+
+
+def test_fault_Z0_a_head_behind_another_one_that_mixes_rows_says_so(no_codegen):
+    def function(x, w, y):
+        z = F.linear(x, w)
+        first = F.cross_entropy(z, y)
+        return first + F.cross_entropy(F.linear(x * first, w), y)
+
+    explained = autochunk.explain(function, options=OPTIONS)(
+        leaf(N, H), leaf(V, H), torch.randint(0, V, (N,))
+    )
+    assert len(explained.chunked) == 1
+    (row,) = explained.refused
+    assert row.refusal.code == "two-pass"
+    assert row.refusal.detail == "its hidden states are computed from another head's results"
+
+
+# ---- Y1, Y3: pieces of rows put together again, and copies of numbers per row ----------------
+
+
+def _cross_entropy(z, y):
+    return F.cross_entropy(z.reshape(-1, V), y.reshape(-1))
+
+
+#: Functions of logits [B, T, V] and labels that take rows apart and put them together.
+PIECES: dict[str, Callable[..., Tensor]] = {
+    "stack": lambda z, y: _cross_entropy(torch.stack(list(z.view(N, V))), y),
+    "stack of sequences": lambda z, y: _cross_entropy(torch.stack([*z]), y),
+    "transposed": lambda z, y: _cross_entropy(torch.stack(list(z), 1), y.T),
+    "cat": lambda z, y: _cross_entropy(torch.cat([s.float() for s in z]), y),
+    "cat of splits": lambda z, y: _cross_entropy(torch.cat((2 * z).split(3, 1), 1), y),
+    "losses": lambda z, y: torch.stack([_cross_entropy(z[i], y[i]) for i in range(B)]).mean(),
+    "one row": lambda z, y: F.cross_entropy(z[1, 2], y[1, 2]),
+    "one row's sum": lambda z, y: z[1, 2].square().sum() + z[1, 2].amax() + z[0, 0].std(),
+    "one row's place": lambda z, y: z[1, 2].argmax() + (z[1, 2] > 0).count_nonzero(),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_fault_Y1_pieces_of_rows(name, no_codegen):
+    function = PIECES[name]
+    inputs = [leaf(B, T, H), leaf(V, H), torch.randint(0, V, (B, T))]
+    check_chunked(lambda x, w, y: function(F.linear(x, w), y), inputs)
+    if name.startswith(("stack", "transposed", "cat")):
+        (loop,) = runtime.REGIONS.values()
+        assert len(loop.spec.rows) <= 3  # one pass over all rows, not a product for each piece
+
+
+def test_fault_Y1_rows_in_another_order_are_a_refusal(no_codegen):
+    def function(x, w, y):
+        return F.cross_entropy(torch.stack([*F.linear(x, w)][::-1]), y)
+
+    inputs = [leaf(N, H), leaf(V, H), torch.randint(0, V, (N,))]
+    explained = autochunk.explain(function, options=OPTIONS)(*inputs)
+    (row,) = explained.refused
+    assert row.refusal.code == "mixes-rows"
+    assert row.refusal.detail == "some rows are stacked, in another order or not all"
+
+
+def _column(nll):
+    out = nll.new_zeros(2, N // 2)
+    out[:, 1] = nll.view(2, -1).mean(1)
+    return out.sum()
+
+
+def _halves(nll):
+    out = nll.new_zeros(2, N // 2)
+    out[0] = nll[: N // 2]
+    out[1] = nll[N // 2 :]
+    return out.square().sum()
+
+
+def _like(nll):
+    out = torch.zeros_like(nll)
+    out[:5] = nll[:5]
+    out[5:] = 2 * nll[5:]
+    return out.sum()
+
+
+def _cast_and_broadcast(nll):
+    out = nll.new_zeros(3, N, dtype=torch.float64)
+    out[:2] = nll
+    return out.square().sum()
+
+
+@pytest.mark.parametrize("copy", [_column, _halves, _like, _cast_and_broadcast])
+def test_fault_Y3_losses_copied_into_new_tensors(copy, no_codegen):
+    def function(x, w, y):
+        return copy(F.cross_entropy(F.linear(x, w), y, reduction="none"))
+
+    check_chunked(function, [leaf(N, H), leaf(V, H), torch.randint(0, V, (N,))])
