@@ -82,7 +82,7 @@ def autochunk(
     entered = enter(gm, functools.partial(_compile, options=parsed))
     if entered is not None:
         return entered
-    amplify = 1 if required else AMPLIFY
+    amplify = 0 if required else AMPLIFY
     return _compile(gm, example_inputs, options=parsed, required=required, amplify=amplify)
 
 
@@ -443,6 +443,8 @@ def _row(candidate: Candidate, analysis: _Analysis) -> Row:
         if item.plan.strategy == "recompute"
     )
     plans = [item.plan for item in mine]
+    if plans and all(p.num_chunks == 1 for p in plans):
+        notes.append("all rows are one chunk: its logits exist, once, and become their gradient")
     notes.extend(p.tuned for p in plans if p.tuned)
     return replace(
         row,

@@ -45,7 +45,8 @@ def find(
     Args:
         gm: Nodes carry ``meta["example_value"]``, as Dynamo leaves them.
         min_bytes: Outputs below this are refused as ``small``.
-        amplify: Least ratio of output to input features.
+        amplify: Least ratio of output to input features. Below a ratio of one a linear counts only
+            if it is not computed from another one that does.
 
     Returns:
         The candidates worth analysing, and those refused at a glance with the reason. Linears
@@ -60,8 +61,11 @@ def find(
         for node, owner in _with_bodies(gm, owner=None)
         if (candidate := as_candidate(node)) is not None and _ratio(candidate) >= amplify
     ]
-    for candidate, owner in reversed(found):
+    nodes = [candidate.node for candidate, _ in found]
+    for i, (candidate, owner) in reversed(list(enumerate(found))):
         node = candidate.node
+        if _ratio(candidate) < 1 and any(_leads_to(other, {node}) for other in nodes[:i]):
+            continue
         layer = _layer_fed_by(node, last)
         if layer is None and _ratio(candidate) >= AMPLIFY:
             last.add(node)
@@ -268,8 +272,9 @@ def _refuse_at_a_glance(
             f"{candidate.logits_bytes} bytes of logits; min_bytes is {min_bytes}",
             candidate.source,
         )
-    if isinstance(candidate.rows, int) and candidate.rows == 1:
-        return Refusal("single-row", op_name(candidate.node), "one row of logits", candidate.source)
+    if isinstance(candidate.rows, int) and candidate.rows < 2:
+        detail = "one row of logits" if candidate.rows else "no rows of logits"
+        return Refusal("single-row", op_name(candidate.node), detail, candidate.source)
     if not _has_static_features(candidate.weight):
         detail = "the weight has a symbolic size and is no parameter"
         return Refusal("dynamic-features", op_name(candidate.node), detail, candidate.source)

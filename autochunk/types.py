@@ -29,7 +29,7 @@ NARROW = 8
 #: Every code a refusal can carry, and what it tells the user. The docs' table is made of this.
 REFUSAL_CODES: Mapping[str, str] = {
     "small": "The logits take fewer bytes than `min_bytes`; chunking would not pay.",
-    "single-row": "The head is applied to one row; there is nothing to chunk.",
+    "single-row": "The head is applied to one row, or to none; there is nothing to chunk.",
     "dynamic-features": "The number of features (the vocabulary) is symbolic and does not come "
     "from a parameter, so each new number would be compiled anew.",
     "feeds-layer": "The wide output feeds another layer (an MLP's or attention's projection), "

@@ -337,7 +337,8 @@ class Walk:
     def _is_wide(self, value: RowValue) -> bool:
         names = value.heads & self.names or self.names
         widest = max(c.out_features for c in self.heads.values() if c.name in names)
-        return prod(hint(f) for f in value.features) * NARROW > widest
+        features = prod(hint(f) for f in value.features)
+        return features > 1 and features * NARROW > widest
 
     # ---- what rules call
 

@@ -405,3 +405,92 @@ def test_fault_Y3_losses_copied_into_new_tensors(copy, no_codegen):
         return copy(F.cross_entropy(F.linear(x, w), y, reduction="none"))
 
     check_chunked(function, [leaf(N, H), leaf(V, H), torch.randint(0, V, (N,))])
+
+
+# ---- N, P, E: few rows, no rows, few outputs -------------------------------------------------
+
+
+def _planned(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Any, autochunk.Report]:
+    """The report on a head of so many rows, which is compiled for made-up tensors only."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), collect() as reports:
+        x, w = torch.empty(rows, 64, dtype=dtype), torch.empty(vocabulary, 64, dtype=dtype)
+        function = lambda x, w: F.linear(x, w).logsumexp(-1)  # noqa: E731
+        torch.compile(function, backend="autochunk", options={"min_bytes": 0, "strict": True})(x, w)
+    (report,) = reports
+    (row,) = report.rows
+    return row, report
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "dtype", "chunks"),
+    [
+        (96, 262144, torch.float32, "3 × 32"),
+        (128, 262144, torch.float32, "4 × 32"),
+        (20, 524288, torch.float32, "1 × 20"),
+        (96, 262144, torch.bfloat16, "2 × 64"),
+        (96, 4096, torch.float32, "1 × 96"),
+    ],
+)
+def test_fault_N_few_rows_of_large_logits_are_cut(rows, vocabulary, dtype, chunks, no_codegen):
+    row, report = _planned(rows, vocabulary, dtype)
+    assert row.chunks == chunks
+    whole = rows * vocabulary * dtype.itemsize
+    note = "all rows are one chunk: its logits exist, once, and become their gradient"
+    if chunks.startswith("1 "):
+        assert row.avoided_bytes == 0
+        assert row.chunk_bytes == whole
+        assert f"note on {row.head}: {note}" in str(report)
+    else:
+        assert row.avoided_bytes == whole
+        assert row.chunk_bytes == whole * int(chunks.split(" × ")[1]) // rows
+        assert note not in str(report)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+def test_fault_P_no_rows(shape, no_codegen):
+    def function(x, w, y):
+        return F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), reduction="sum")
+
+    inputs = [leaf(*shape, H), leaf(V, H), torch.randint(0, V, shape)]
+    with collect() as reports:
+        actual = run(compiled(function), inputs)
+    check(actual, run(function, inputs), run(function, widened(inputs)), torch.float32)
+    (row,) = reports[0].rows
+    assert row.refusal.code == "single-row"
+    assert row.refusal.detail == "no rows of logits"
+
+
+@pytest.mark.parametrize("outputs", [2, H // 2, H - 1])
+def test_fault_E_fewer_outputs_than_inputs(outputs, no_codegen):
+    def function(z, y):
+        return F.cross_entropy(z.tanh(), y)
+
+    def with_head(x, w, y):
+        return function(F.linear(x, w), y)
+
+    def chunked(x, w, y):
+        return autochunk.chunked_linear(function, x, w, y, chunk_rows=7)
+
+    inputs = [leaf(N, H), leaf(outputs, H), torch.randint(0, 2, (N,))]
+    with collect() as reports:
+        actual = run(chunked, inputs)
+    (row,) = reports[0].rows
+    assert row.refusal is None
+    assert row.chunks == "4 × 6"
+    check(actual, run(with_head, inputs), run(with_head, widened(inputs)), torch.float32)
+
+
+def test_fault_E_a_layer_inside_of_the_function_is_no_head(no_codegen):
+    def function(z, values, y):
+        return F.mse_loss((z.softmax(-1) @ values).sum(-1), y)
+
+    inputs = [leaf(N, 4 * V), leaf(V, 4 * V), leaf(V, 2), torch.randn(N)]
+    chunked = lambda x, w, *rest: autochunk.chunked_linear(function, x, w, *rest)  # noqa: E731
+    with collect() as reports:
+        actual = run(chunked, inputs)
+    (row,) = reports[0].rows
+    assert row.refusal is None
+    whole = lambda x, w, *rest: function(F.linear(x, w), *rest)  # noqa: E731
+    check(actual, run(whole, inputs), run(whole, widened(inputs)), torch.float32)
