@@ -82,7 +82,7 @@ def autochunk(
     entered = enter(gm, functools.partial(_compile, options=parsed))
     if entered is not None:
         return entered
-    amplify = 1 if required else AMPLIFY
+    amplify = 0 if required else AMPLIFY
     return _compile(gm, example_inputs, options=parsed, required=required, amplify=amplify)
 
 
@@ -280,7 +280,7 @@ def _spec(region: Region, decided: Plan, options: Options) -> BodySpec:
     for spec in region.row_inputs:
         val = spec.source.meta["val"]
         sizes = tuple(int(f) for f in row_input_features(spec))
-        rows.append(TensorSpec(sizes, (), val.dtype, val.device))
+        rows.append(TensorSpec(sizes, (), spec.dtype, val.device))
     shared = []
     for node in region.shared_inputs:
         val = node.meta["val"]
@@ -448,6 +448,8 @@ def _row(candidate: Candidate, analysis: _Analysis) -> Row:
         if item.plan.strategy == "recompute"
     )
     plans = [item.plan for item in mine]
+    if plans and all(p.num_chunks == 1 for p in plans):
+        notes.append("all rows are one chunk: its logits exist, once, and become their gradient")
     notes.extend(p.tuned for p in plans if p.tuned)
     return replace(
         row,

@@ -2,13 +2,14 @@
 
 A *candidate* is a linear with at least ``AMPLIFY`` times as many output as input features. The
 walk here is cheap (shapes only) and rejects what a glance can reject: small outputs, and wide
-outputs that enter another layer. Everything subtler is for ``lift`` to decide.
+outputs that enter another layer. Of the linears that follow on each other the last is the head: an
+MLP's inner layer may be wider than the vocabulary. Everything subtler is for ``lift`` to decide.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import sympy
@@ -44,7 +45,8 @@ def find(
     Args:
         gm: Nodes carry ``meta["example_value"]``, as Dynamo leaves them.
         min_bytes: Outputs below this are refused as ``small``.
-        amplify: Least ratio of output to input features.
+        amplify: Least ratio of output to input features. Below a ratio of one a linear counts only
+            if it is not computed from another one that does.
 
     Returns:
         The candidates worth analysing, and those refused at a glance with the reason. Linears
@@ -53,11 +55,21 @@ def find(
     """
     kept: list[Candidate] = []
     refused: list[tuple[Candidate, Refusal]] = []
-    for node, owner in _with_bodies(gm, owner=None):
-        candidate = as_candidate(node)
-        if candidate is None or candidate.out_features < amplify * candidate.in_features:
+    last: set[fx.Node] = set()  # linears that feed no other layer, or none that leads to a head
+    found = [
+        (candidate, owner)
+        for node, owner in _with_bodies(gm, owner=None)
+        if (candidate := as_candidate(node)) is not None and _ratio(candidate) >= amplify
+    ]
+    nodes = [candidate.node for candidate, _ in found]
+    for i, (candidate, owner) in reversed(list(enumerate(found))):
+        node = candidate.node
+        if _ratio(candidate) < 1 and any(_leads_to(other, {node}) for other in nodes[:i]):
             continue
-        refusal = _refuse_at_a_glance(candidate, min_bytes)
+        layer = _layer_fed_by(node, last)
+        if layer is None and _ratio(candidate) >= AMPLIFY:
+            last.add(node)
+        refusal = _refuse_at_a_glance(candidate, min_bytes, layer)
         if refusal is None and owner is not None:
             detail = f"the head is inside {op_name(owner)}"
             refusal = Refusal("higher-order", op_name(owner), detail, candidate.source)
@@ -65,7 +77,11 @@ def find(
             kept.append(candidate)
         else:
             refused.append((candidate, refusal))
-    return tuple(kept), tuple(refused)
+    return tuple(reversed(kept)), tuple(reversed(refused))
+
+
+def _ratio(candidate: Candidate) -> float:
+    return candidate.out_features / max(candidate.in_features, 1)
 
 
 def _with_bodies(
@@ -246,7 +262,9 @@ def _parse_einsum(
     return None
 
 
-def _refuse_at_a_glance(candidate: Candidate, min_bytes: int) -> Refusal | None:
+def _refuse_at_a_glance(
+    candidate: Candidate, min_bytes: int, layer: fx.Node | None
+) -> Refusal | None:
     if candidate.logits_bytes < min_bytes:
         return Refusal(
             "small",
@@ -254,12 +272,12 @@ def _refuse_at_a_glance(candidate: Candidate, min_bytes: int) -> Refusal | None:
             f"{candidate.logits_bytes} bytes of logits; min_bytes is {min_bytes}",
             candidate.source,
         )
-    if isinstance(candidate.rows, int) and candidate.rows == 1:
-        return Refusal("single-row", op_name(candidate.node), "one row of logits", candidate.source)
+    if isinstance(candidate.rows, int) and candidate.rows < 2:
+        detail = "one row of logits" if candidate.rows else "no rows of logits"
+        return Refusal("single-row", op_name(candidate.node), detail, candidate.source)
     if not _has_static_features(candidate.weight):
         detail = "the weight has a symbolic size and is no parameter"
         return Refusal("dynamic-features", op_name(candidate.node), detail, candidate.source)
-    layer = _layer_fed_by(candidate.node)
     if layer is not None:
         return Refusal(
             "feeds-layer",
@@ -282,22 +300,47 @@ def _has_static_features(weight: fx.Node) -> bool:
     return weight.op == "placeholder" and val.is_leaf and val.requires_grad
 
 
-def _layer_fed_by(head: fx.Node) -> fx.Node | None:
-    """A layer with a wide output that the wide values downstream of ``head`` enter, if any."""
+def _layer_fed_by(head: fx.Node, last: Collection[fx.Node]) -> fx.Node | None:
+    """A layer that the wide values downstream of ``head`` enter, if any.
+
+    One with a narrow output counts if it leads to one of ``last``, and nothing else makes narrow
+    values of the wide ones: an MLP's, but not ``softmax(logits) @ embeddings`` beside a loss.
+    """
     wide_numel = hint(fake(head).numel())
     seen, stack = {head}, [head]
+    entered: fx.Node | None = None
+    reduced = False
     while stack:
         node = stack.pop()
         for user in node.users:
             if user in seen or user.op == "output":
                 continue
             seen.add(user)
-            if not _is_wide(fake(user), wide_numel):
-                continue
+            wide = _is_wide(fake(user), wide_numel)
             if parse_linear(user) is not None or user.target in LAYERS:
-                return user
-            stack.append(user)
-    return None
+                if wide:
+                    return user
+                if _leads_to(user, last):
+                    entered = entered or user
+                    continue
+            if wide:
+                stack.append(user)
+            else:
+                reduced = reduced or isinstance(fake(user), torch.Tensor)
+    return None if reduced else entered
+
+
+def _leads_to(node: fx.Node, ends: Collection[fx.Node]) -> bool:
+    """Whether one of ``ends`` is computed from a node, or is it."""
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if current in ends:
+            return True
+        new = [user for user in current.users if user not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return False
 
 
 def _is_wide(value: object, wide_numel: int) -> bool:

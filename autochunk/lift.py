@@ -14,12 +14,15 @@ regions, each with its own matrix product; so are two selections that meet in on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from torch import fx
 
+from autochunk.find import hint
 from autochunk.sink import ancestors, sinkable
+from autochunk.tables import with_tables
 from autochunk.types import IndexCheck, Lifted, Lowered, Refusal, Region, RowValue
-from autochunk.walk import Walk, row_input_features
+from autochunk.walk import Walk, parts, row_input_features
 
 
 def lift(lowered: Lowered, defer: bool = True) -> Lifted:
@@ -35,7 +38,9 @@ def lift(lowered: Lowered, defer: bool = True) -> Lifted:
         if (len(with_sunk[1]), len(with_sunk[2])) <= (len(refusals), len(groups)):
             walk, refusals, groups = with_sunk
     walk.drop_all_but(groups)
-    regions = tuple(_region(f"region{i}", walk, group) for i, group in enumerate(groups))
+    regions = tuple(
+        with_tables(_region(f"region{i}", walk, group)) for i, group in enumerate(groups)
+    )
     return Lifted(
         regions=regions,
         refusals=refusals,
@@ -115,10 +120,17 @@ def _region(name: str, walk: Walk, outputs: Sequence[RowValue]) -> Region:
         row_grads=tuple(i for i, p in enumerate(rows) if p in grads),
         shared_grads=tuple(i for i, p in enumerate(shared) if p in grads),
         rows=n_rows,
-        wide_features=sum(c.out_features for p, c in walk.products.items() if p in needed),
+        wide_features=_wide_features(walk, needed),
         wide_itemsize=head_node.meta["val"].element_size(),
         saved_bytes=sum(c.logits_bytes for c in candidates),
     )
+
+
+def _wide_features(walk: Walk, needed: set[fx.Node]) -> int:
+    """Elements a row of the logits, or of a value that is wider than all of them together."""
+    logits = sum(c.out_features for p, c in walk.products.items() if p in needed)
+    values = [v for found in walk.env.values() for v in parts(found) if v.node in needed]
+    return max(logits, *(prod(hint(f) for f in v.features) for v in values))
 
 
 def _differentiated(walk: Walk, outputs: Sequence[RowValue]) -> set[fx.Node]:

@@ -55,6 +55,39 @@ def join(
                 found[key] = replace(value, node=node, chain=value.chain[:-1], selected=selected)
 
 
+def whole(
+    values: Sequence[RowValue], body: fx.Graph, row_inputs: Mapping[fx.Node, RowInput]
+) -> RowValue | None:
+    """The value that ``values``, in this order, are all the pieces of; its shape is to be set.
+
+    ``torch.cat(logits.chunk(4))``, ``torch.stack([z.float() for z in logits])``
+    """
+    first = values[0]
+    if len(values) < 2 or any(not v.chain for v in values):
+        return None
+    same, depth = _equal_nodes(body), _depths(body, row_inputs)
+    kind = (same[first.node], first.chain[:-1], first.is_row)
+    if any((same[v.node], v.chain[:-1], v.is_row) != kind for v in values):
+        return None
+    steps = [v.chain[-1] for v in values]
+    if depth[first.node] >= len(first.chain) or not _cover_the_rows(steps):
+        return None
+    size = steps[0].in_shape[steps[0].args[0]]
+    if steps[0].target is aten.select.int:
+        begins = [s.args[1] % size for s in steps]
+    else:
+        begins = [slice(*s.args[1:3]).indices(size)[0] for s in steps]
+    if begins != sorted(set(begins)):
+        return None
+    rows = steps[0].in_shape
+    return replace(
+        first,
+        chain=first.chain[:-1],
+        shape=(*rows, *first.features),
+        is_row=(True,) * len(rows) + (False,) * len(first.features),
+    )
+
+
 def _equal_nodes(body: fx.Graph) -> dict[fx.Node, fx.Node]:
     """For each node the first one that computes the same."""
     first: dict[str, fx.Node] = {}

@@ -23,6 +23,10 @@ SHARE_OF_WEIGHTS = 0.5
 LEAST_ROWS, LEAST_ROWS_HALF = 128, 256
 MOST_BYTES = 192 * 2**20
 
+#: A head with fewer rows than the least would be one chunk, all its logits. Beyond this many bytes
+#: it is cut all the same: into four, of at least a quarter of the least number of rows.
+LARGE_BYTES = 32 * 2**20
+
 #: Autotuning tries no smaller chunks.
 LEAST_ROWS_TRIED = 16
 
@@ -142,12 +146,15 @@ def _default_rows(region: Region, rows: int) -> int:
     hidden = max((hint(w.numel()) // region.wide_features for w in weights), default=0)
     itemsize = region.wide_itemsize
     chunk = int(hidden * SHARE_OF_WEIGHTS)
+    least = LEAST_ROWS_HALF if itemsize == 2 else LEAST_ROWS
     if any(w.device.type == "cuda" for w in weights):
-        chunk = max(chunk, LEAST_ROWS_CUDA)
+        least = LEAST_ROWS_CUDA
+        chunk = max(chunk, least)
     else:
         most = MOST_BYTES // (region.wide_features * itemsize)
-        least = LEAST_ROWS_HALF if itemsize == 2 else LEAST_ROWS
         chunk = min(max(chunk, least), max(most, 1))
+    if rows <= min(chunk, least) and rows * region.wide_features * itemsize > LARGE_BYTES:
+        chunk = max(-(-rows // 4), least // 4)
     summed = [weights[i] for i in region.shared_grads if weights[i].dtype in _HALF]
     if summed:
         # Few chunks can be summed in half precision; more need a sum in float32 besides. Larger

@@ -27,7 +27,7 @@ class Row:
         found: The ops it goes through.
         strategy: ``fused``, ``recompute`` or ``forward``; empty if refused.
         chunks: Number of chunks × rows of each.
-        logits_bytes: Bytes of the logits, avoided unless refused.
+        logits_bytes: Bytes of the logits.
         chunk_bytes: Bytes of one chunk's logits and gradient, estimated.
         refusal: Why it was left alone, or None.
         notes: Anything else a user should know.
@@ -43,6 +43,11 @@ class Row:
     chunk_bytes: int = 0
     refusal: Refusal | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def avoided_bytes(self) -> int:
+        """Bytes of the logits, if they never exist whole: one chunk of all rows is the logits."""
+        return self.logits_bytes if self.chunk_bytes < self.logits_bytes else 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Report:
                     row.found,
                     row.strategy,
                     row.chunks,
-                    mebibytes(row.logits_bytes),
+                    mebibytes(row.avoided_bytes),
                     mebibytes(row.chunk_bytes),
                 ]
                 for row in self.chunked

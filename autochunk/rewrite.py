@@ -415,8 +415,23 @@ class _Writer:
     def _row_input(self, spec: RowInput, region: Region) -> fx.Node:
         """An outer value as ``[rows, *features]``, with the region's selection of rows."""
         features = row_input_features(spec)
+        if spec.position is not None:
+            out = self._position(spec, spec.position)
+        else:
+            out = self._rows_first(spec)
+        sizes = [self._size(f) for f in features]
+        steps = (*spec.own, *region.chain[len(spec.chain) :])
+        out = self._select_rows(out, steps, spec.row_shape, sizes)
+        if len(steps[-1].out_shape if steps else spec.row_shape) != 1:
+            out = self._emit(aten.reshape.default, out, [-1, *sizes])
+        return out
+
+    def _rows_first(self, spec: RowInput) -> fx.Node:
+        """An outer value as ``[*row_shape, *features]``."""
         out = self._get(spec.source)
-        shape = list(spec.source.meta["val"].shape)
+        for d in spec.repeated:
+            out = self._emit(aten.slice.Tensor, out, d, 0, 1)
+        shape = list(spec.shape)
         pad = len(spec.is_row) - len(shape)
         if pad:
             out = self._emit(aten.view.default, out, [1] * pad + [self._size(s) for s in shape])
@@ -429,12 +444,15 @@ class _Writer:
         inverse = sorted(range(len(order)), key=order.__getitem__)
         if inverse != sorted(inverse):
             out = self._emit(aten.permute.default, out, inverse)
-        sizes = [self._size(f) for f in features]
-        steps = (*spec.own, *region.chain[len(spec.chain) :])
-        out = self._select_rows(out, steps, spec.row_shape, sizes)
-        if len(steps[-1].out_shape if steps else spec.row_shape) != 1:
-            out = self._emit(aten.reshape.default, out, [-1, *sizes])
         return out
+
+    def _position(self, spec: RowInput, dim: int) -> fx.Node:
+        """Where each of the rows stands along one row dimension, ``[*row_shape]``."""
+        size, device = self._size(spec.row_shape[dim]), spec.source.meta["val"].device
+        out = self._emit(aten.arange.default, size, device=device)
+        ones = [1] * len(spec.row_shape)
+        out = self._emit(aten.view.default, out, [*ones[:dim], size, *ones[dim + 1 :]])
+        return self._emit(aten.expand.default, out, [self._size(s) for s in spec.row_shape])
 
     def _select_rows(
         self, x: fx.Node, steps: Sequence[RowOp], rows: Sequence[Any], features: Sequence[Any]

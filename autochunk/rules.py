@@ -11,7 +11,7 @@ Shape legend: R rows, F, K features, N logical row dimensions (there may be seve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +149,11 @@ _SPLITS: dict[Any, Any] = {
 }
 
 
+#: Of the ops that reduce everything, those that are told the dimensions.
+_WHOLE = {**_SPLITS, aten.count_nonzero.default: aten.count_nonzero.dim_IntList}
+_POSITIONS = (aten.argmax.default, aten.argmin.default)
+
+
 # A reduction over features reads one row. Over rows as well it is cut in two where op(op(x over
 # features) over rows) is op(x): sums, means (all rows are equally long), extrema, any, all,
 # log-sum-exp. Half precision sums leave the body in float32, as the uncut sum accumulates.
@@ -182,9 +187,18 @@ def _reduce(walk: Walk, node: fx.Node) -> Result:
     feature_dims = [d for d in dims if not x.is_row[d]]
     if len(feature_dims) == len(dims):
         stored = stored_dims(x, dims)
-        takes_list = isinstance(bound.get("dim"), (list, tuple)) or bound.get("dim") is None
+        # A value of one row (``logits[0].sum()``) is reduced whole: its features, not that row.
+        whole = bound.get("dim") is None
+        target = _WHOLE.get(node.target, node.target) if whole else node.target
+        takes_list = isinstance(bound.get("dim"), (list, tuple)) or whole
+        operand = x.node
+        if not dims or (whole and node.target in _POSITIONS):
+            if bound.get("keepdim", False) and dims:
+                raise Boundary("no-rule", f"{node.target} of several dimensions that are kept")
+            operand, stored, bound["keepdim"] = walk.view(x.node, [prod(x.features)]), [1], False
+            takes_list = takes_list and node.target not in _POSITIONS
         bound["dim"] = stored if takes_list else stored[0]
-        emitted = walk.emit_bound(node.target, {**bound, "self": x.node})
+        emitted = walk.emit_bound(target, {**bound, "self": operand})
         gone = set() if bound.get("keepdim", False) else set(dims)
         is_row = tuple(row for d, row in enumerate(x.is_row) if d not in gone)
         return walk.results(node, emitted, is_row, x, [x])
@@ -364,17 +378,23 @@ def _select(walk: Walk, node: fx.Node) -> RowValue:
     return walk.result(node, emitted, is_row, x, [x])
 
 
-# Features of several values of the same rows, side by side.
+# Features of several values of the same rows, side by side. Pieces of rows, all of them and in
+# order, are the value they are pieces of.
 @_register("along features", [aten.cat.default])
 def _cat(walk: Walk, node: fx.Node) -> RowValue:
     tensors = list(node.args[0])
-    operands = [walk.env[t] for t in tensors if t in walk.env]
-    like = operands[0]
-    if not all(isinstance(o, RowValue) for o in operands) or not isinstance(like, RowValue):
+    given = [walk.env[t] for t in tensors if t in walk.env]
+    operands = [o for o in given if isinstance(o, RowValue)]
+    if len(operands) < len(given):
         raise Boundary("no-rule", "cat of a value of several parts")
+    like = operands[0]
     (dim,) = _dims(bind(node)["dim"], len(like.is_row))
     if like.is_row[dim]:
-        raise Boundary("mixes-rows", "rows are concatenated")
+        whole = walk.joined(operands) if len(operands) == len(tensors) else None
+        at = sum(like.is_row[:dim])
+        if whole is None or like.chain[-1].args[0] != at:
+            raise Boundary("mixes-rows", "rows are concatenated")
+        return replace(whole, is_row=like.is_row, shape=tuple(node.meta["val"].shape))
     parts = [walk.aligned_operand(t, like) for t in tensors]
     emitted = walk.emit(aten.cat.default, parts, stored_dims(like, [dim])[0])
     return walk.result(node, emitted, like.is_row, like, operands)
@@ -384,11 +404,23 @@ def _cat(walk: Walk, node: fx.Node) -> RowValue:
 @_register("along features", [aten.stack.default])
 def _stack(walk: Walk, node: fx.Node) -> RowValue:
     tensors = list(node.args[0])
-    operands = [walk.env[t] for t in tensors if t in walk.env]
-    like = operands[0]
-    if not all(isinstance(o, RowValue) for o in operands) or not isinstance(like, RowValue):
+    given = [walk.env[t] for t in tensors if t in walk.env]
+    operands = [o for o in given if isinstance(o, RowValue)]
+    if len(operands) < len(given):
         raise Boundary("no-rule", "stack of a value of several parts")
+    like = operands[0]
     (dim,) = _dims(bind(node)["dim"], len(like.is_row) + 1)
+    whole = walk.joined(operands) if len(operands) == len(tensors) else None
+    at = sum(like.is_row[:dim])
+    if whole is not None and like.chain[-1].target is aten.select.int:
+        is_row = (*like.is_row[:dim], True, *like.is_row[dim:])
+        if like.chain[-1].args[0] == at:
+            return replace(whole, is_row=is_row, shape=tuple(node.meta["val"].shape))
+        order = [d for d in range(sum(is_row)) if d != like.chain[-1].args[0]]
+        order.insert(at, like.chain[-1].args[0])
+        return walk.row_op(node, whole, aten.permute.default, (order,), is_row)
+    if not any(like.is_row) and len({o.chain for o in operands}) > 1:
+        raise Boundary("mixes-rows", "some rows are stacked, in another order or not all")
     parts = [walk.aligned_operand(t, like) for t in tensors]
     emitted = walk.emit(aten.stack.default, parts, 1 + sum(not r for r in like.is_row[:dim]))
     is_row = (*like.is_row[:dim], False, *like.is_row[dim:])

@@ -29,7 +29,7 @@ NARROW = 8
 #: Every code a refusal can carry, and what it tells the user. The docs' table is made of this.
 REFUSAL_CODES: Mapping[str, str] = {
     "small": "The logits take fewer bytes than `min_bytes`; chunking would not pay.",
-    "single-row": "The head is applied to one row; there is nothing to chunk.",
+    "single-row": "The head is applied to one row, or to none; there is nothing to chunk.",
     "dynamic-features": "The number of features (the vocabulary) is symbolic and does not come "
     "from a parameter, so each new number would be compiled anew.",
     "feeds-layer": "The wide output feeds another layer (an MLP's or attention's projection), "
@@ -41,7 +41,8 @@ REFUSAL_CODES: Mapping[str, str] = {
     "no-rule": "No rule states that this op treats rows independently.",
     "misaligned": "An op combines the logits with a tensor whose rows are not theirs: another "
     "order, another selection or another number of rows.",
-    "two-pass": "An op on the logits needs a number that is itself computed from all the logits.",
+    "two-pass": "An op on the logits, or the head itself, needs a number that is computed from "
+    "all the logits of this head or of another.",
     "random": "The op draws random numbers; a chunk would draw others.",
     "mutation": "A tensor that the head's computation reads is modified in place.",
     "higher-order": "The head is inside a higher-order op (`torch.cond`, `while_loop`, "
@@ -231,6 +232,10 @@ class RowInput:
         row_shape: The rows it is expanded to.
         chain: The row ops already applied when it was met.
         own: Row ops of its own, applied before the rest of the region's chain.
+        repeated: Dimensions of the source along which all its numbers are the same (it is a view
+            with stride zero there): only the first of them is read.
+        position: A row dimension: the input is not the source, but where a row stands in it along
+            that dimension.
     """
 
     source: fx.Node
@@ -238,6 +243,18 @@ class RowInput:
     row_shape: tuple[int | torch.SymInt, ...]
     chain: tuple[RowOp, ...]
     own: tuple[RowOp, ...] = ()
+    repeated: tuple[int, ...] = ()
+    position: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64 if self.position is not None else self.source.meta["val"].dtype
+
+    @property
+    def shape(self) -> tuple[int | torch.SymInt, ...]:
+        """The source's shape, of which only the first is read where it repeats itself."""
+        shape = self.source.meta["val"].shape
+        return tuple(1 if d in self.repeated else s for d, s in enumerate(shape))
 
 
 @dataclass(frozen=True)
@@ -277,7 +294,7 @@ class Region:
         all_checked: Whether that is all indices there are; others depend on the logits.
         row_grads, shared_grads: Positions of the inputs that need a gradient.
         rows: Number of rows.
-        wide_features: Elements per row of the widest value.
+        wide_features: Elements per row of its logits, or of a wider value.
         wide_itemsize: Bytes per element of the widest value's chunk buffer.
         saved_bytes: Bytes of the logits at full size (hinted), for the report.
     """

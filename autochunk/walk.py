@@ -23,7 +23,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autochunk.find import hint, op_name, source_line
-from autochunk.pieces import join
+from autochunk.pieces import join, whole
 from autochunk.rules import Boundary, aten, bind, rule_for, same_rows, same_shape, same_size
 from autochunk.sink import ancestors, rows_of
 from autochunk.types import (
@@ -37,6 +37,18 @@ from autochunk.types import (
     Split,
 )
 from autochunk.writes import tensor_name
+
+#: Calls of a Dynamo graph whose result repeats what they are given.
+_EXPANSIONS = ("expand", "expand_as", "broadcast_to")
+
+#: Ops of floating point results that carry no gradient.
+_WITHOUT_GRADIENT = (
+    aten.detach.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+)
 
 _CONSTANTS = (aten.scalar_tensor.default, aten.full.default)
 
@@ -104,14 +116,13 @@ class Walk:
                     returned = any(self._from(n, candidate.name) for n in self.deferred)
                     if returned and defer:
                         continue
-                    detail = (
-                        "the logits are returned and nothing in this graph reduces them"
-                        if returned
-                        else "nothing in this graph uses the logits"
-                    )
-                    found[candidate.name] = Refusal(
-                        "not-reduced", op_name(node), detail, candidate.source
-                    )
+                    code, detail = "not-reduced", "nothing in this graph uses the logits"
+                    if returned:
+                        detail = "the logits are returned and nothing in this graph reduces them"
+                    elif node in self.tail:
+                        code = "two-pass"
+                        detail = "its hidden states are computed from another head's results"
+                    found[candidate.name] = Refusal(code, op_name(node), detail, candidate.source)
         return found
 
     def join_pieces(self) -> None:
@@ -174,7 +185,12 @@ class Walk:
             self.splits[node] = result
             self.tail[node] = None
         else:
-            self.env[node] = result
+            self.env[node] = self._of_head(node, result) if node in self.heads else result
+
+    def _of_head(self, node: fx.Node, result: RowValue) -> RowValue:
+        """The output of a head whose hidden states were computed from another's, row by row."""
+        self.products[result.node] = self.heads[node]
+        return replace(result, heads=result.heads | {self.heads[node].name})
 
     def _sink(self, node: fx.Node) -> None:
         """Computes a node in the body that depends on no head, if there is a rule for it."""
@@ -220,6 +236,33 @@ class Walk:
                 val=val,
             )
             return arg
+        return self._broadcast_source_of(node, wide)
+
+    def _broadcast_source_of(self, node: fx.Node, wide: Sequence[Any]) -> fx.Node | None:
+        """As :meth:`_source_of`, where no operand of a pointwise op has all the rows."""
+        target, val = node.target, node.meta["val"]
+        if not isinstance(target, torch._ops.OpOverload) or not isinstance(val, torch.Tensor):
+            return None
+        is_row = rows_of(val.shape, wide) if torch.Tag.pointwise in target.tags else None
+        if is_row is None:
+            return None
+        rows = tuple(s for s, row in zip(val.shape, is_row, strict=True) if row)
+        for arg in node.all_input_nodes:
+            tensor = arg.meta["val"]
+            if not isinstance(tensor, torch.Tensor) or not tensor.dim() or arg.target in _CONSTANTS:
+                continue
+            padded = [1] * (val.dim() - tensor.dim()) + list(tensor.shape)
+            shape = [s if row else f for s, row, f in zip(val.shape, is_row, padded, strict=True)]
+            self.env[arg] = RowValue(
+                node=self._row_input(RowInput(arg, is_row, rows, ())),
+                is_row=is_row,
+                shape=tuple(shape),
+                chain=(),
+                heads=frozenset({f"rows of {arg.name}"}),
+                needs_grad=arg in self.lowered.needs_grad,
+                val=tensor,
+            )
+            return arg
         return None
 
     def _apply(self, node: fx.Node) -> Any:
@@ -239,19 +282,17 @@ class Walk:
     def _stop(self, node: fx.Node, lifted: Sequence[fx.Node], boundary: Boundary) -> None:
         for arg in lifted:
             value = self.env[arg]
-            parts = value if isinstance(value, tuple) else (value,)
-            if isinstance(value, tuple) or any(self._is_wide(part) for part in parts):
+            if isinstance(value, tuple) or self._is_wide(value):
                 refusal = Refusal(
                     boundary.code,
                     op_name(node),
                     boundary.detail,
                     source_line(node),
                 )
-                for part in parts:
+                for part in parts(value):
                     for name in part.heads & self.names:
                         self._found.setdefault(name, refusal)
             else:
-                assert isinstance(value, RowValue)
                 self.values[arg] = value
         self.tail[node] = None
 
@@ -305,7 +346,8 @@ class Walk:
     def _is_wide(self, value: RowValue) -> bool:
         names = value.heads & self.names or self.names
         widest = max(c.out_features for c in self.heads.values() if c.name in names)
-        return prod(hint(f) for f in value.features) * NARROW > widest
+        features = prod(hint(f) for f in value.features)
+        return features > 1 and features * NARROW > widest
 
     # ---- what rules call
 
@@ -365,7 +407,7 @@ class Walk:
             a in self.lowered.needs_grad for a in node.all_input_nodes if a not in self.env
         )
         grad = outer_grad or any(o.needs_grad for o in row_operands)
-        grad = grad and val.is_floating_point() and node.target is not aten.detach.default
+        grad = grad and val.is_floating_point() and node.target not in _WITHOUT_GRADIENT
         if not grad and not any(o.node is emitted for o in row_operands):
             self.without_gradient.add(emitted)
         return RowValue(
@@ -443,6 +485,10 @@ class Walk:
         if not all(same_rows(o.row_shape, first.row_shape) for o in operands):
             return list(operands)
         return [o if o.chain == first.chain else self._compute_again(o, first) for o in operands]
+
+    def joined(self, operands: Sequence[RowValue]) -> RowValue | None:
+        """The value that operands are all the pieces of; the caller sets its shape."""
+        return whole(operands, self.body, self.row_inputs)
 
     def _compute_again(self, value: RowValue, like: RowValue) -> RowValue:
         copies = self._again.setdefault((value.chain, like.chain), {})
@@ -554,7 +600,61 @@ class Walk:
         )
 
     def _row_input(self, spec: RowInput) -> fx.Node:
-        key = ("row", spec.source, spec.is_row, spec.chain, len(spec.row_shape), spec.own)
+        """A row-aligned outer value; what repeats itself along features is read once a row.
+
+        Targets and masks that are broadcast against the logits are views of a few numbers a row.
+        They enter the body as those, and are expanded there: as inputs of the loop they would be
+        copies of the logits' size, and so would their gradients.
+        """
+        narrowest = self._narrowest(spec)
+        features, kept = row_input_features(spec), row_input_features(narrowest)
+        if same_shape(features, kept):
+            return self._row_placeholder(replace(narrowest, repeated=()))
+        if any(isinstance(f, torch.SymInt) and f.node.hint is None for f in features):
+            return self._row_placeholder(spec)
+        # int() specialises a symbolic size: everything but the rows is static in a kernel.
+        sizes = [int(f) for f in features]
+        return self.emit(aten.expand.default, self._row_placeholder(narrowest), [-1, *sizes])
+
+    def _narrowest(self, spec: RowInput) -> RowInput:
+        source = spec.source
+        while source.target is aten.expand.default:
+            source = source.args[0]
+        val = source.meta["val"]
+        pad = len(spec.is_row) - val.dim()
+        repeated: list[int] = []
+        if source not in self.lowered.needs_grad or not self._is_given_repeated(source):
+            repeated = [
+                d
+                for d, (size, stride) in enumerate(zip(val.shape, val.stride(), strict=True))
+                if not spec.is_row[pad + d] and statically_known_true(stride == 0) and size != 1
+            ]
+        return replace(spec, source=source, repeated=tuple(repeated))
+
+    def _is_given_repeated(self, node: fx.Node) -> bool:
+        """Whether a value could be a view of an input that repeats itself.
+
+        A gradient of such an input has numbers of its own at each place; in one of ``expand`` in
+        the graph they are summed.
+        """
+        given = dict(
+            zip(
+                (n for n in self.lowered.graph.graph.nodes if n.op == "placeholder"),
+                self.lowered.inputs,
+                strict=True,
+            )
+        )
+        return any(
+            0 in n.meta["val"].stride() and op_name(given[n]) not in _EXPANSIONS
+            for n in ancestors([node])
+            if n in given and isinstance(n.meta["val"], torch.Tensor)
+        )
+
+    def _row_placeholder(self, spec: RowInput) -> fx.Node:
+        key = (
+            *("row", spec.source, spec.is_row, spec.chain, len(spec.row_shape), spec.own),
+            spec.repeated,
+        )
         if key not in self._inputs:
             features = row_input_features(spec)
             val = spec.source.meta["val"]
@@ -570,6 +670,11 @@ class Walk:
         return placeholder
 
 
+def parts(value: RowValue | tuple[RowValue, ...]) -> tuple[RowValue, ...]:
+    """The results of an op that may have several."""
+    return value if isinstance(value, tuple) else (value,)
+
+
 def is_size(node: fx.Node) -> bool:
     """Whether a node is a number that only depends on shapes."""
     val = node.meta.get("val")
@@ -578,7 +683,8 @@ def is_size(node: fx.Node) -> bool:
 
 def row_input_features(spec: RowInput) -> list[Any]:
     """Features of a row input: the source's, padded from the left with ones."""
-    shape = spec.source.meta["val"].shape
-    pad = len(spec.is_row) - len(shape)
-    padded = [1] * pad + list(shape)
+    if spec.position is not None:
+        return []
+    pad = len(spec.is_row) - len(spec.shape)
+    padded = [1] * pad + list(spec.shape)
     return [s for s, row in zip(padded, spec.is_row, strict=True) if not row]

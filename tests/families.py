@@ -90,6 +90,8 @@ FAMILIES = [
     Family("qwen2", "decoder, tied", settings=(("tie_word_embeddings", True),)),
     Family("qwen3", "decoder, tied", settings=(("tie_word_embeddings", True),)),
     Family("gemma", "decoder, tied"),
+    # As wide an inner layer for its hidden size as the defaults have: Gemma 8, T5 of 11B 64.
+    Family("gemma", "decoder, wide inner layers", settings=(("intermediate_size", 256),)),
     Family("gemma2", "logits softcapped"),
     Family("gemma3_text", "logits softcapped", settings=(("final_logit_softcapping", 30.0),)),
     Family("granite", "logits scaled", settings=(("logits_scaling", 8.0),)),
@@ -112,6 +114,12 @@ FAMILIES = [
     Family("mamba2", "state space", settings=(("expand", 2), ("num_heads", 8), ("n_groups", 1))),
     Family("falcon_mamba", "state space"),
     Family("t5", "encoder-decoder", "AutoModelForSeq2SeqLM", (("decoder_start_token_id", 0),)),
+    Family(
+        "t5",
+        "encoder-decoder, wide inner layers",
+        "AutoModelForSeq2SeqLM",
+        (("decoder_start_token_id", 0), ("d_ff", 2048)),
+    ),
     Family("bart", "encoder-decoder", "AutoModelForSeq2SeqLM"),
     Family("marian", "encoder-decoder", "AutoModelForSeq2SeqLM"),
     Family("pegasus", "encoder-decoder", "AutoModelForSeq2SeqLM"),
