@@ -405,6 +405,7 @@ class _Compiled:
                 strides=[take(stride) for stride in deferral.strides],
                 val=deferral.val,
                 requires_grad=deferral.needs_grad,
+                symbolic=deferral.symbolic,
                 compiler=self.programs,
             )
             for position in deferral.positions:
