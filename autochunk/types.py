@@ -357,6 +357,7 @@ class Plan:
         dynamic: Whether the number of rows is symbolic.
         why: Why this strategy, for the report.
         tuned: What autotuning found, for the report.
+        interpreted: Whether a chunk's ops run one by one, without a kernel of their own.
     """
 
     strategy: str
@@ -368,3 +369,4 @@ class Plan:
     dynamic: bool
     why: str = ""
     tuned: str = ""
+    interpreted: bool = False

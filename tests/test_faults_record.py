@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import Counter
 from typing import Any
 
 import gallery
@@ -13,6 +14,7 @@ from compare import check, run, widened
 from gallery import GALLERY, Sizes
 from torch import Tensor, nn
 
+import autochunk
 from autochunk import DeferredTensor
 from autochunk.report import collect
 
@@ -290,3 +292,76 @@ def test_fault_H_lengths_vary(where, dynamic, no_codegen):
         counts.append(len([r for r in reports if r.chunked]))
     first = [2, 2] if dynamic is None else [2, 0]
     assert counts == [*first, 0, 0]
+
+
+@pytest.fixture
+def compilations(no_codegen, monkeypatch):
+    """How often Inductor is called: for graphs, and for the kernels of regions."""
+    counts = Counter()
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    graphs, kernels = autochunk.backend.compile_fx, autochunk.body.compile_fx_inner
+    monkeypatch.setattr(autochunk.backend, "compile_fx", counted("graphs", graphs))
+    monkeypatch.setattr(autochunk.body, "compile_fx_inner", counted("kernels", kernels))
+    return counts
+
+
+def _evaluate(function: Any, ids: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        z = function(ids)
+        loss = F.cross_entropy(z[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return [loss, (z.argmax(-1) == ids).float().mean(), z.logsumexp(-1)]
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_fault_Z4_an_evaluation_compiles_kernels_only(few, compilations, monkeypatch):
+    """The model is one compilation; of a metric the region is one, and none if it is small."""
+    if not few:
+        monkeypatch.setattr(autochunk.interpret, "FEW_BYTES", 0)
+    model = Model().eval()
+    step = torch.compile(model, backend="autochunk", options=OPTIONS)
+    found = []
+    for batch in (4, 4, 4, 3):
+        ids = torch.randint(128, (batch, 9))
+        torch.testing.assert_close(_evaluate(step, ids), _evaluate(model, ids))
+        found.append((compilations["graphs"], compilations["kernels"]))
+    assert found[:3] == [(1, 0 if few else 3)] * 3
+    assert found[3] == (2, 3 if few else 6)
+
+
+def test_fault_Z4_the_next_token_of_each_sequence(compilations):
+    model = Model().eval()
+    step = torch.compile(model, backend="autochunk", options=OPTIONS)
+    with torch.no_grad():
+        for length in (9, 10, 11):
+            ids = torch.randint(128, (4, length))
+            chosen = step(ids)[:, -1, :].float().argmax(-1)
+            assert torch.equal(chosen, model(ids)[:, -1, :].argmax(-1))
+    assert compilations == {"graphs": 2}
+
+
+def test_fault_Z4_what_is_wide_outside_is_inductor_s(compilations):
+    """A one-hot tensor of labels would be there as a whole, op by op."""
+    model, ids = Model().eval(), torch.randint(128, (2, 9))
+    step = torch.compile(model, backend="autochunk", options=OPTIONS)
+    second = torch.compile(
+        lambda z, y: (z * F.one_hot(y, 128)).sum(-1).mean(), backend="autochunk", options=OPTIONS
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(
+            second(step(ids), ids), (model(ids) * F.one_hot(ids, 128)).sum(-1).mean()
+        )
+    assert compilations["graphs"] == 2
+
+
+def test_fault_Z4_training_is_compiled(compilations):
+    model, ids = Model(), torch.randint(128, (2, 9))
+    step = torch.compile(model, backend="autochunk", options=OPTIONS)
+    _compare(model, step, _loss, ids)
+    assert compilations == {"graphs": 2, "kernels": 1}
