@@ -29,6 +29,7 @@ from autochunk.embedding import embedding_gradients
 from autochunk.entering import enter
 from autochunk.evaluation import Programs
 from autochunk.find import AMPLIFY, find, op_name, source_line
+from autochunk.interpret import is_little_around, is_small
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower, remaining_write
 from autochunk.plan import plan, sizes_to_try
@@ -126,15 +127,24 @@ def _compile(
 
 @dataclass(frozen=True)
 class _Made:
-    """What ``_rewrite`` decided."""
+    """What ``_rewrite`` decided.
+
+    Attributes:
+        original: Dynamo's graph.
+        rewritten: The new one; None if no head is chunked.
+        interpreted: Whether what is around its regions runs op by op.
+    """
 
     original: fx.GraphModule
     rewritten: Rewritten | None
     report: Report
+    interpreted: bool = False
 
     def compile(self, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
         if self.rewritten is None:
             return _inductor(self.original, example_inputs, options)
+        if self.interpreted:
+            return self.rewritten.gm.forward
         compiled = _inductor_with_regions(self.rewritten.gm, example_inputs, options)
         again = functools.partial(
             _compile, options=replace(options, min_bytes=0), required=True, amplify=1
@@ -203,7 +213,7 @@ def _analyse(gm: fx.GraphModule, options: Options, required: bool, amplify: floa
         lifted = lift(lowered, defer=not required)
         found = {**lifted.refusals, **refuse_deferral(gm.graph, lowered, lifted)}
         if not found:
-            scheduled, found = _schedule(lowered, lifted, options)
+            scheduled, found = _schedule(lowered, lifted, options, required)
         if not found:
             return _Analysis(gm, every, refusals, lowered, lifted, scheduled)
         refusals.update(found)
@@ -253,17 +263,26 @@ def _rewrite(
     if options.debug is not None and analysis.every:
         directory = write_debug(options.debug, number, stages)
     rows = [_row(candidate, analysis) for candidate in analysis.every]
-    return _Made(gm, rewritten, Report(number, tuple(rows), directory=directory))
+    interpreted = (
+        (required and not torch.is_grad_enabled())
+        and lowered is not None
+        and lifted is not None
+        and is_little_around(analysis.gm, lowered, lifted)
+    )
+    report = Report(number, tuple(rows), directory=directory)
+    return _Made(gm, rewritten, report, interpreted)
 
 
 def _schedule(
-    lowered: Lowered, lifted: Lifted, options: Options
+    lowered: Lowered, lifted: Lifted, options: Options, required: bool
 ) -> tuple[list[Scheduled], dict[str, Refusal]]:
     scheduled = []
     for region in lifted.regions:
         wanted = bool(region.grad_outputs and differentiable_outputs(lowered, lifted, region))
         known = cotangents(lowered, lifted, region) if wanted else "no gradient is wanted"
         decided = plan(region, known, options, wanted)
+        if required and not options.autotune and is_small(region, decided):
+            decided = replace(decided, interpreted=True)
         if wanted and options.strategy == "fused" and decided.strategy != "fused":
             head = next(n for n, c in lowered.heads.items() if c.name in region.heads)
             refusal = Refusal("not-fusable", op_name(head), decided.why, source_line(head))
@@ -322,6 +341,7 @@ def _key(spec: BodySpec, decided: Plan, region: Region) -> str:
         sorted((k, repr(v)) for k, v in spec.inductor.items()),
         decided.strategy,
         decided.accumulate_dtype,
+        decided.interpreted,
         [
             (c.graph.code, c.row_inputs, c.shared_inputs, c.size, c.wraps, c.source)
             for c in region.checks
@@ -366,7 +386,9 @@ def _build(item: Scheduled, options: Options) -> runtime.Loop:
     spec = _spec(item.region, item.plan, options)
     strategy = item.plan.strategy
     kernels = {}
-    if strategy == "fused":
+    if item.plan.interpreted:
+        kernels["value_kernel"] = body_stage.interpreted(spec)
+    elif strategy == "fused":
         kernels["full_kernel"] = body_stage.compile_body(spec, values=True, grads=True)
     else:
         kernels["value_kernel"] = body_stage.compile_body(spec, values=True, grads=False)
@@ -410,6 +432,7 @@ class _Compiled:
                 strides=[take(stride) for stride in deferral.strides],
                 val=deferral.val,
                 requires_grad=deferral.needs_grad,
+                symbolic=deferral.symbolic,
                 compiler=self.programs,
             )
             for position in deferral.positions:

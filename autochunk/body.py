@@ -211,6 +211,25 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool, overwrite: bool =
     )
 
 
+def interpreted(spec: BodySpec) -> Kernel:
+    """A kernel for values that runs a body op by op."""
+
+    def run(args: list[Any]) -> Sequence[torch.Tensor]:
+        with torch._C._DisableAutocast():
+            return spec.body(*args)
+
+    return Kernel(
+        run=run,
+        symbolic=True,
+        values=len(spec.outputs),
+        heads=(),
+        transposed=False,
+        row_grads=(),
+        shared_grads=(),
+        graph=spec.body.print_readable(print_output=False),
+    )
+
+
 def _trace(
     function: Callable[..., Any],
     inputs: Sequence[torch.Tensor],

@@ -52,6 +52,7 @@ def defer(
     strides: Sequence[int],
     val: Tensor,
     requires_grad: bool,
+    symbolic: Sequence[tuple[int, ...] | None],
     compiler: Any = None,
 ) -> DeferredTensor:
     """A deferred tensor.
@@ -62,10 +63,11 @@ def defer(
         shape, strides: Of the value.
         val: A fake tensor with its dtype and device.
         requires_grad: Whether the value has a gradient.
+        symbolic: For each input the dimensions that may have another size; None for a size.
         compiler: Compiles functions of the logits (``recording.Programs``); None: they are
             computed.
     """
-    formula = Formula(graph, inputs, requires_grad, shape, val, compiler)
+    formula = Formula(graph, inputs, requires_grad, shape, val, symbolic, compiler)
     return make(formula, shape, strides, val, requires_grad)
 
 
@@ -250,6 +252,7 @@ class Formula:
         recorded: The value's own graph, until a backward pass has used it up.
         root: Itself.
         shape, dtype, device: Of the value; of the device its type.
+        symbolic: Of each input, as in :func:`defer`.
         compiler: Compiles functions of the value, or None.
         seen: Whether the value has been looked at: its gradient may be asked for.
     """
@@ -261,10 +264,12 @@ class Formula:
         requires_grad: bool,
         shape: Sequence[int],
         val: Tensor,
+        symbolic: Sequence[tuple[int, ...] | None],
         compiler: Any,
     ) -> None:
         self.graph = graph
         self.shape, self.dtype, self.device = tuple(shape), val.dtype, val.device.type
+        self.symbolic = symbolic
         self.compiler = compiler
         self.seen = False
         self.inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
@@ -285,6 +290,11 @@ class Formula:
     @property
     def features(self) -> int:
         return self.shape[-1]
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the logits' graph was compiled for more than one size."""
+        return any(dims is None or dims for dims in self.symbolic)
 
     @property
     def tensors(self) -> list[Tensor]:

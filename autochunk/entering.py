@@ -23,7 +23,8 @@ from torch import Tensor, fx
 
 from autochunk.deferred import DeferredTensor
 from autochunk.evaluation import Programs, define, evaluate
-from autochunk.find import is_grad_function, is_inplace, is_random, op_name, source_line
+from autochunk.find import fake, is_grad_function, is_inplace, is_random, op_name, source_line
+from autochunk.stance import reason_not_compiled
 from autochunk.steps import is_intercepted, is_open, record
 
 LOG = logging.getLogger("autochunk.deferred")
@@ -45,7 +46,7 @@ def enter(gm: fx.GraphModule, compiler: Callable[..., Any]) -> Entered | None:
     if reason is not None:
         LOG.info("logits that enter a compiled function are computed: %s", reason)
         return None
-    return Entered(as_function(gm.graph), compiler)
+    return Entered(as_function(gm.graph), compiler, _is_dynamic(gm))
 
 
 def _has_deferred(gm: fx.GraphModule) -> bool:
@@ -53,6 +54,13 @@ def _has_deferred(gm: fx.GraphModule) -> bool:
     arguments = [node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder"]
     examples = [argument.example for argument in arguments if argument is not None]
     return any(type(example) is DeferredTensor and is_open(example) for example in examples)
+
+
+def _is_dynamic(gm: fx.GraphModule) -> bool:
+    """Whether the graph is compiled for more than one size."""
+    values = [fake(node) for node in gm.graph.nodes if node.op == "placeholder"]
+    sizes = [s for v in values for s in (v.shape if isinstance(v, Tensor) else [v])]
+    return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def _refusal(gm: fx.GraphModule) -> str | None:
@@ -99,8 +107,11 @@ def _line_of(node: fx.Node) -> tuple[str, int] | None:
 class Entered:
     """A compiled function that deferred logits are passed to."""
 
-    def __init__(self, function: Callable[..., Any], compiler: Callable[..., Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], compiler: Callable[..., Any], dynamic: bool
+    ) -> None:
         self._function = function
+        self._dynamic = dynamic
         self._programs = Programs(functools.partial(compiler, required=True))
         alone = functools.partial(compiler, required=False)
         self._alone = torch.compile(function, backend=alone, fullgraph=True)
@@ -115,6 +126,10 @@ class Entered:
         except torch._dynamo.exc.Unsupported as error:
             LOG.warning("a graph that deferred logits enter runs op by op: %s", error.msg)
             return self._function(*values)
+        except RuntimeError as error:
+            if reason_not_compiled(error) is None:
+                raise
+            return self._function(*values)
 
     def _evaluate(self, args: Sequence[Any]) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -123,5 +138,5 @@ class Entered:
             return NotImplemented
         leaves, spec = pytree.tree_flatten((args, {}))
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        step = record(self._function, self._function, leaves, spec, (float, int))
+        step = record(self._function, self._function, leaves, spec, (float, int), self._dynamic)
         return evaluate(step, self._programs, needs_grad)

@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from autochunk.deferred import DeferredTensor, Formula, no_saved_tensors_hooks
+from autochunk.stance import NotCompiledError, compiled_code_only, reason_not_compiled
 from autochunk.steps import (
     Step,
     StepFormula,
@@ -39,6 +40,8 @@ class Program:
         own: Tensors among the arguments of the last op that are not deferred.
         inputs: For each argument ``("other", i)``, ``("own", i)`` or ``("number", value)``.
         formulas: Of all deferred tensors in it.
+        static: For each of ``others`` and ``own`` the dimensions of a size that never changes;
+            None where the sizes of the first call are taken for those of all calls.
     """
 
     run: Callable[..., Any]
@@ -46,9 +49,15 @@ class Program:
     own: tuple[Tensor, ...]
     inputs: tuple[tuple[str, Any], ...]
     formulas: tuple[Any, ...]
+    static: tuple[tuple[int, ...], ...] | None
 
-    def call(self, others: Sequence[Tensor], own: Sequence[Tensor]) -> Any:
-        values = {"other": others, "own": own}
+    def call(self, tensors: Sequence[Tensor]) -> Any:
+        """Runs it on ``others`` and ``own``, or aliases of them that nobody else has."""
+        if self.static is not None:
+            for tensor, dims in zip(tensors, self.static, strict=True):
+                torch._dynamo.mark_static(tensor, list(dims))
+        n = len(self.others)
+        values = {"other": tensors[:n], "own": tensors[n:]}
         args = [v if kind == "number" else values[kind][v] for kind, v in self.inputs]
         return self.run(*args)
 
@@ -59,12 +68,13 @@ class _Writer:
     def __init__(self, device: str) -> None:
         self.device = device
         self.lines: list[tuple[str, tuple[str, int] | None]] = []
-        self.names: dict[str, Any] = {"torch": torch}
+        self.names: dict[str, Any] = {"torch": torch, "NotCompiled": NotCompiledError}
         self.key: list[Any] = []
         self.inputs: list[tuple[str, Any]] = []
         self.others: list[Tensor] = []
         self.own: list[Tensor] = []
         self.formulas: list[Any] = []
+        self._symbolic: dict[int, tuple[int, ...]] = {}
         self._written: dict[int, str] = {}
 
     def tensor(self, tensor: Tensor, into: str) -> str:
@@ -90,6 +100,9 @@ class _Writer:
                 self.tensor(i, "other") if isinstance(i, Tensor) else self.number(i)
                 for i in formula.inputs
             ]
+            for tensor, dims in zip(formula.inputs, formula.symbolic, strict=True):
+                if dims is not None:
+                    self._symbolic[id(tensor)] = dims
             name = f"g{len(self.names)}"
             self.names[name] = formula.graph
             self.key.append((name, id(formula.graph)))
@@ -150,17 +163,41 @@ class _Writer:
             source = f"with torch.autocast({self.device!r}, dtype={dtype}):\n        {source}"
         self.lines.append((source, line))
 
-    def compile(self, last: Step, compiler: Any) -> Callable[..., Any]:
-        """The function, whose lines are where the user's are."""
+    @property
+    def roots(self) -> list[Formula]:
+        return [formula for formula in self.formulas if isinstance(formula, Formula)]
+
+    def static(self) -> tuple[tuple[int, ...], ...]:
+        """For each tensor the dimensions whose size is the same in every call.
+
+        Of the logits' inputs these are known; in others they are those of the logits' features.
+        """
+        features = {root.features for root in self.roots}
+        return tuple(
+            tuple(dim for dim in range(t.dim()) if dim not in self._symbolic[id(t)])
+            if id(t) in self._symbolic
+            else tuple(dim for dim, size in enumerate(t.shape) if size in features)
+            for t in (*self.others, *self.own)
+        )
+
+    def compile(self, last: Step, compiler: Any, dynamic: bool) -> Callable[..., Any]:
+        """The function, whose lines are where the user's are.
+
+        Args:
+            dynamic: Whether sizes and numbers are symbolic at the first call already.
+        """
         args = ", ".join(f"a{i}" for i in range(len(self.inputs)))
         name = f"deferred_logits_{next(_numbers)}"
-        text = [f"def {name}({args}):", *(f"    {source}" for source, _ in self.lines)]
+        check = "if not torch.compiler.is_compiling(): raise NotCompiled"
+        text = [f"def {name}({args}):", f"    {check}", *(f"    {line}" for line, _ in self.lines)]
         (function,) = ast.parse("\n".join(text)).body
         assert isinstance(function, ast.FunctionDef)
         file, number = last.line
         at = [line[1] if line and line[0] == file else number for _, line in self.lines]
-        made = define(function, file, number, at, self.names)
-        return torch.compile(made, backend=compiler, fullgraph=True)
+        made = define(function, file, number, [number, *at], self.names)
+        return torch.compile(
+            made, backend=compiler, fullgraph=True, dynamic=True if dynamic else None
+        )
 
 
 def define(
@@ -208,7 +245,15 @@ class Programs:
     """
 
     compiler: Callable[..., Any]
-    made: dict[Any, Callable[..., Any] | None] = field(default_factory=dict)
+    made: dict[Any, _Made | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A compiled expression, and whether its sizes are symbolic from the first call on."""
+
+    run: Callable[..., Any]
+    dynamic: bool
 
 
 #: Expressions that are compiled before recording is given up: each differs from all others.
@@ -236,38 +281,47 @@ def evaluate(step: Step, programs: Programs, needs_grad: bool) -> Any:
         if len(programs.made) >= _MOST_PROGRAMS:
             LOG.info("%s:%s: cannot be chunked: too many different expressions", *step.line)
             return NotImplemented
-        programs.made[key] = writer.compile(step, programs.compiler)
-    run = programs.made[key]
-    if run is None:
+        dynamic = step.dynamic or any(root.is_dynamic for root in writer.roots)
+        programs.made[key] = _Made(writer.compile(step, programs.compiler, dynamic), dynamic)
+    made = programs.made[key]
+    if made is None:
         return NotImplemented
     program = Program(
-        run=run,
+        run=made.run,
         others=tuple(writer.others),
         own=tuple(writer.own),
         inputs=tuple(writer.inputs),
         formulas=tuple(writer.formulas),
+        static=writer.static() if made.dynamic else None,
     )
     try:
-        results = _run(program, step, needs_grad)
+        with compiled_code_only():
+            return _run(program, step, needs_grad)
     except torch._dynamo.exc.FailOnRecompileLimitHit:
-        LOG.info("%s:%s: cannot be chunked: Dynamo's recompile limit is reached", *step.line)
-        return NotImplemented
+        reason = "Dynamo's recompile limit is reached"
     except (RefusedError, torch._dynamo.exc.Unsupported) as error:
-        programs.made[key] = None
         refusal = getattr(error, "refusal", None)
         reason = (
             f"{refusal.code}, {refusal.detail}" if refusal is not None else type(error).__name__
         )
-        LOG.info("%s:%s: cannot be chunked: %s", *step.line, reason)
-        return NotImplemented
-    return results
+        programs.made[key] = None
+        if made.dynamic:  # as it would have been without what is known of the sizes
+            programs.made[key] = _Made(writer.compile(step, programs.compiler, False), False)
+            return evaluate(step, programs, needs_grad)
+    except (NotCompiledError, RuntimeError) as error:
+        why = reason_not_compiled(error)
+        if why is None:
+            raise
+        reason = why
+    LOG.info("%s:%s: cannot be chunked: %s", *step.line, reason)
+    return NotImplemented
 
 
 def _run(program: Program, step: Step, needs_grad: bool) -> Any:
+    tensors = (*program.others, *program.own)
     if not needs_grad:
         with _alone(program), torch.no_grad():
-            return program.call(program.others, program.own)
-    tensors = (*program.others, *program.own)
+            return program.call([t.detach() for t in tensors] if program.static else tensors)
     edges = [edge(step.leaves[i]) for i in step.deferred]
     kept: list[Any] = []
     outputs = _Evaluated.apply(program, step, kept, len(edges), *edges, *tensors)
@@ -295,9 +349,8 @@ class _Evaluated(torch.autograd.Function):
     ) -> Any:
         tensors = tensors[n_edges:]
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        n = len(program.others)
         with torch.enable_grad(), _alone(program):
-            results = program.call(leaves[:n], leaves[n:])
+            results = program.call(leaves)
         found, spec = pytree.tree_flatten(results)
         kept.append(spec)
         ctx.program, ctx.step, ctx.n_edges = program, step, n_edges

@@ -32,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autochunk.find import fake, is_grad_function, op_name, source_line
 from autochunk.memory import Conflict, Memory, storages, written_arguments
+from autochunk.rules import rule_for
 from autochunk.sink import producers
 from autochunk.types import Candidate, Lowered, Refusal
 from autochunk.writes import Inside, conflict_behind, describe, inside_of, refuse_writes
@@ -66,6 +67,15 @@ _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 _SET_GRAD = torch._C._set_grad_enabled
 _HEAD = "autochunk_head"
+
+
+#: Cut into slices.
+_CUTS = (
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.chunk.default,
+)
 
 
 def cone_of(graph: fx.Graph, heads: Sequence[fx.Node]) -> list[fx.Node]:
@@ -422,12 +432,7 @@ def _split_to_slices(gm: fx.GraphModule) -> None:
     """``split``, ``unbind`` → one ``slice`` or ``select`` per piece: pieces are row ops then."""
     for node in list(gm.graph.nodes):
         target = node.target
-        if target not in (
-            aten.split.Tensor,
-            aten.split_with_sizes.default,
-            aten.unbind.int,
-            aten.chunk.default,
-        ):
+        if target not in _CUTS:
             continue
         x = node.args[0]
         dim = node.args[-1] if len(node.args) > (1 if target is aten.unbind.int else 2) else 0
@@ -605,3 +610,9 @@ def _is_view(node: fx.Node) -> bool:
         arg.alias_info is not None and not arg.alias_info.is_write
         for arg in target._schema.arguments
     )
+
+
+def is_liftable(op: Any) -> bool:
+    """Whether an ATen op on logits has a rule, or is lowered to ops that have."""
+    named = (DECOMPOSITIONS, _CUTS, _SIZED, (aten.new_full.default,))
+    return any(op in table for table in named) or rule_for(op) is not None

@@ -19,21 +19,19 @@ from __future__ import annotations
 
 import itertools
 import logging
-import operator
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from autochunk import deferred
-from autochunk.deferred import DeferredTensor, Formula, make
+from autochunk.deferred import DeferredTensor, make
 from autochunk.evaluation import evaluate
-from autochunk.metadata import Meta, metadata_of
+from autochunk.metadata import Shown, is_wide, metadata_of
 from autochunk.report import mebibytes
+from autochunk.spelling import part_of, spelling_of
 from autochunk.steps import (
     StepFormula,
     dims_indexed,
@@ -42,73 +40,8 @@ from autochunk.steps import (
     record,
     user_line,
 )
-from autochunk.types import NARROW
 
 LOG = logging.getLogger("autochunk.deferred")
-
-#: Functional methods of a tensor, and functions of these names in ``torch``.
-_NAMES = """
-    abs add all amax amin any argmax argmin argsort bfloat16 cat ceil clamp clamp_max
-    clamp_min clip clone concat contiguous cos count_nonzero cumprod cumsum detach div divide
-    double einsum eq erf exp expand_as expm1 flatten flip float floor fmod gather ge greater
-    greater_equal gt half index_select isfinite isinf isnan kthvalue le less less_equal log
-    log1p log2 log_softmax logaddexp logcumsumexp logical_and logical_not logical_or logsumexp
-    lt masked_fill matmul max maximum mean median min minimum mm mode movedim mul multiply mv
-    nan_to_num nanmean nansum narrow ne neg norm not_equal permute positive pow prod
-    reciprocal relu remainder reshape roll round rsqrt rsub scatter scatter_add select sigmoid
-    sign sin softmax sort sqrt square squeeze stack std std_mean sub subtract sum swapaxes t
-    take_along_dim tanh to topk transpose true_divide type_as unflatten unsqueeze var var_mean
-    view view_as where xlogy
-""".split()  # noqa: SIM905
-_OPERATORS = {
-    "__getitem__": operator.getitem,
-    "__rsub__": lambda a, b: b - a,
-    "__rdiv__": lambda a, b: b / a,
-    "__rpow__": lambda a, b: b**a,
-    "__eq__": operator.eq,
-    "__ne__": operator.ne,
-    "__and__": operator.and_,
-    "__or__": operator.or_,
-    "__invert__": operator.invert,
-    "__pow__": operator.pow,
-    "__matmul__": operator.matmul,
-}
-_FUNCTIONS = [
-    F.binary_cross_entropy_with_logits,
-    F.cosine_similarity,
-    F.cross_entropy,
-    F.gelu,
-    F.hardtanh,
-    F.huber_loss,
-    F.kl_div,
-    F.l1_loss,
-    F.linear,
-    F.log_softmax,
-    F.logsigmoid,
-    F.mse_loss,
-    F.multi_margin_loss,
-    F.nll_loss,
-    F.relu,
-    F.silu,
-    F.smooth_l1_loss,
-    F.softmax,
-    F.softplus,
-    F.softmin,
-    torch.special.entr,
-]
-
-#: How a function that ``__torch_function__`` is told of is written in a program.
-_SPELLINGS: dict[Any, Any] = {}
-for _name in _NAMES:
-    _method = getattr(Tensor, _name, None)
-    if _method is not None:
-        _SPELLINGS[_method] = _name
-    if hasattr(torch, _name):
-        _SPELLINGS[getattr(torch, _name)] = getattr(torch, _name)
-for _name, _function in _OPERATORS.items():
-    _SPELLINGS[getattr(Tensor, _name)] = _function
-for _function in _FUNCTIONS:
-    _SPELLINGS[_function] = _function
 
 #: What needs the shape only.
 _LIKE = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like}
@@ -137,7 +70,8 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
         return func(stand_in, *args[1:], **kwargs)
     if func in _PIECES:
         return _PIECES[func](*args, **kwargs)
-    if func not in _SPELLINGS or is_intercepted() or _writes(kwargs):
+    spelling = spelling_of(func)
+    if spelling is None or is_intercepted() or _writes(kwargs):
         return NotImplemented
     if func is Tensor.__getitem__:
         args = _positions_of_masks(*args)
@@ -147,7 +81,7 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if not all(map(is_open, deferred_leaves)):
         return NotImplemented
-    step = record(func, _SPELLINGS[func], leaves, spec)
+    step = record(func, spelling, leaves, spec)
     root = step.root
     try:
         shown = metadata_of(step)
@@ -155,16 +89,33 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if shown.returned is not None:
         return leaves[shown.returned]
+    if shown.refusal is not None:
+        LOG.info("%s:%s: cannot be chunked: %s", *step.line, shown.refusal)
+        return NotImplemented
     tensors = shown.tensors
     if not tensors or any(t.device != deferred_leaves[0].device for t in tensors):
         return NotImplemented
-    if not any(_is_wide(t, root) for t in tensors):
+    if not any(is_wide(t.shape, root) for t in tensors):
         return evaluate(step, root.compiler, any(t.requires_grad for t in tensors))
     if not shown.is_single:
-        return NotImplemented
+        return _each_result(func, args, kwargs, shown)
     (one,) = tensors
     formula = StepFormula(step, root, one.requires_grad, shown.is_view)
     return make(formula, one.shape, one.strides, one, one.requires_grad)
+
+
+#: An op with more results than this is done on the logits' values.
+_MOST_RESULTS = 32
+
+
+def _each_result(func: Any, args: Any, kwargs: Any, shown: Shown) -> Any:
+    """Each result of an op that has several, as an op of its own."""
+    if shown.spec is None or len(shown.tensors) > _MOST_RESULTS:
+        return NotImplemented
+    parts = [_record(part_of(func, i), args, kwargs) for i in range(len(shown.tensors))]
+    if any(part is NotImplemented for part in parts):
+        return NotImplemented
+    return pytree.tree_unflatten(parts, shown.spec)
 
 
 def _writes(kwargs: Any) -> bool:
@@ -183,10 +134,6 @@ def _is_usable(leaf: Any) -> bool:
     if isinstance(leaf, Tensor):
         return type(leaf) in (Tensor, torch.nn.Parameter, DeferredTensor)
     return isinstance(leaf, _CONSTANTS)
-
-
-def _is_wide(tensor: Meta, root: Formula) -> bool:
-    return prod(tensor.shape) * NARROW > root.numel or root.features in tensor.shape
 
 
 def _positions_of_masks(x: Any, index: Any) -> tuple[Any, Any]:

@@ -70,6 +70,7 @@ class Deferral:
         shape, strides: Of the value; symbolic numbers are given as ``inputs`` are.
         val: A fake tensor with its dtype and device.
         needs_grad: Whether a gradient flows through it.
+        symbolic: For each input the dimensions whose size is symbolic; None for a number.
     """
 
     node: fx.Node
@@ -80,6 +81,7 @@ class Deferral:
     strides: tuple[int | tuple[str, int], ...]
     val: torch.Tensor
     needs_grad: bool
+    symbolic: tuple[tuple[int, ...] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -313,6 +315,7 @@ class _Writer:
                     strides=tuple(source(s) for s in val.stride()),
                     val=val,
                     needs_grad=node in self.lowered.needs_grad,
+                    symbolic=tuple(_symbolic_dims(n.meta["val"]) for n in inputs),
                 )
             )
         return deferrals, extra
@@ -538,6 +541,12 @@ class _Writer:
         made = sympy_interp(PythonReferenceAnalysis, env, expr)
         self.sizes[expr] = made.node
         return made.node
+
+
+def _symbolic_dims(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
 
 
 def _wide_graph(lowered: Lowered, wide: fx.Node) -> tuple[fx.GraphModule, list[fx.Node]]:

@@ -31,6 +31,7 @@ class Step:
         device: Type of the device.
         line: ``(file, line)`` of the user's code.
         numbers: Types of its arguments that may be other ones in the next step of a training.
+        dynamic: Whether its tensors may have other sizes then, as is known already.
     """
 
     func: Any
@@ -44,6 +45,7 @@ class Step:
     device: str
     line: tuple[str, int]
     numbers: tuple[type, ...] = (float,)
+    dynamic: bool = False
 
     def call(self, leaves: Sequence[Any], grad: bool = True) -> Any:
         """Does it, in the modes of then."""
@@ -77,6 +79,7 @@ def record(
     leaves: Sequence[Any],
     spec: Any,
     numbers: tuple[type, ...] = (float,),
+    dynamic: bool = False,
 ) -> Step:
     """The step that an op called now would be; some of its ``leaves`` are deferred tensors."""
     at = tuple(i for i, leaf in enumerate(leaves) if type(leaf) is DeferredTensor)
@@ -93,6 +96,7 @@ def record(
         device=device,
         line=user_line(),
         numbers=numbers,
+        dynamic=dynamic,
     )
 
 

@@ -391,6 +391,7 @@ class Plan:
         dynamic: Whether the number of rows is symbolic.
         why: Why this strategy, for the report.
         tuned: What autotuning found, for the report.
+        interpreted: Whether a chunk's ops run one by one, without a kernel of their own.
     """
 
     strategy: str
@@ -402,3 +403,4 @@ class Plan:
     dynamic: bool
     why: str = ""
     tuned: str = ""
+    interpreted: bool = False
