@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._inductor.compile_fx import compile_fx
 
 from autochunk import body as body_stage
@@ -48,6 +49,9 @@ from autochunk.types import (
 )
 from autochunk.version import __version__
 from autochunk.walk import row_input_features
+
+#: How a backend tells Dynamo to trace again or to skip the frame; state of Dynamo's goes with it.
+CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 
 
 class FallbackWarning(UserWarning):
@@ -94,52 +98,58 @@ def _compile(
     required: bool,
     amplify: float = AMPLIFY,
 ) -> Callable[..., Any]:
-    parsed = options
     graph = next_graph()
+    compiled: Callable[..., Any] | None = None
+    failure: Exception | None = None
     try:
         # Anomaly detection looks for nan in each gradient, which a traced one cannot answer; a
         # checkpoint around the compiled function must not count what tracing saves.
         with torch.autograd.set_detect_anomaly(False), no_saved_tensors_hooks():
-            made = _rewrite(gm, parsed, graph, required, amplify)
+            made = _rewrite(gm, options, graph, required, amplify)
         if required:
             _raise_refusal(made.report)
-        compiled = made.compile(example_inputs, parsed)
-        publish(made.report, parsed.debug is not None)
-        return compiled
-    except (OptionError, RefusedError):
+        report = made.report
+        if made.rewritten is not None:
+            compiled = _compile_rewritten(made.rewritten, example_inputs, options)
+    except (OptionError, RefusedError, *CONTROL_FLOW):
         raise
     except Exception as error:
-        if parsed.strict:
-            raise
         reason = f"{type(error).__name__}: {error}"
+        report = Report(graph, (), failure=reason + "\n" + traceback.format_exc(limit=-3))
+        failure = error
+    if compiled is None:
+        # Outside of the ``try``: what plain Inductor raises, too, is no failure of a rewrite.
+        compiled = _inductor(gm, example_inputs, options)
+    if failure is not None:
+        if options.strict:
+            raise failure
         warnings.warn(
             f"autochunk: a rewrite failed and the graph runs as plain Inductor ({reason}). "
             'Please report it; options={"strict": True} shows where it comes from.',
             FallbackWarning,
             stacklevel=2,
         )
-        report = Report(graph, (), failure=reason + "\n" + traceback.format_exc(limit=-3))
-        compiled = _inductor(gm, example_inputs, parsed)
-        publish(report, parsed.debug is not None)
-        return compiled
+        failure = None  # its traceback refers to this frame
+    publish(report, options.debug is not None)
+    return compiled
 
 
 @dataclass(frozen=True)
 class _Made:
     """What ``_rewrite`` decided."""
 
-    original: fx.GraphModule
     rewritten: Rewritten | None
     report: Report
 
-    def compile(self, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-        if self.rewritten is None:
-            return _inductor(self.original, example_inputs, options)
-        compiled = _inductor_with_regions(self.rewritten.gm, example_inputs, options)
-        again = functools.partial(
-            _compile, options=replace(options, min_bytes=0), required=True, amplify=1
-        )
-        return _Compiled(compiled, self.rewritten, Programs(again))
+
+def _compile_rewritten(
+    rewritten: Rewritten, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    compiled = _inductor_with_regions(rewritten.gm, example_inputs, options)
+    again = functools.partial(
+        _compile, options=replace(options, min_bytes=0), required=True, amplify=1
+    )
+    return _Compiled(compiled, rewritten, Programs(again))
 
 
 def _inductor(
@@ -248,7 +258,7 @@ def _rewrite(
     if options.debug is not None and analysis.every:
         directory = write_debug(options.debug, number, stages)
     rows = [_row(candidate, analysis) for candidate in analysis.every]
-    return _Made(gm, rewritten, Report(number, tuple(rows), directory=directory))
+    return _Made(rewritten, Report(number, tuple(rows), directory=directory))
 
 
 def _schedule(

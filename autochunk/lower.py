@@ -302,7 +302,7 @@ def _needs_grad(graph: fx.Graph, fakes: Sequence[Any]) -> frozenset[fx.Node]:
 def _is_differentiable(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_is_differentiable(v) for v in value)
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _cast_before_transpose(gm: fx.GraphModule) -> None:

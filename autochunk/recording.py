@@ -151,7 +151,7 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
     root = step.root
     try:
         shown = metadata_of(step)
-    except Exception:  # the user's error: it is raised again by the op on the values
+    except _ERRORS_OF_OPS:  # the user's: it is raised again by the op on the values
         return NotImplemented
     if shown.returned is not None:
         return leaves[shown.returned]
@@ -165,6 +165,10 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
     (one,) = tensors
     formula = StepFormula(step, root, one.requires_grad, shown.is_view)
     return make(formula, one.shape, one.strides, one, one.requires_grad)
+
+
+#: What PyTorch raises for arguments that do not fit.
+_ERRORS_OF_OPS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def _writes(kwargs: Any) -> bool:
