@@ -116,6 +116,13 @@ def fake(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
+def is_differentiable(value: Any) -> bool:
+    """Whether a value, or one of several, is of a dtype that has gradients: real or complex."""
+    if isinstance(value, (tuple, list)):
+        return any(is_differentiable(v) for v in value)
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def hint(size: int | torch.SymInt) -> int:
     """A size as a number: a symbolic one by the value it was first seen with.
 

@@ -28,7 +28,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autochunk.find import fake, is_grad_function, is_inplace, op_name, source_line
+from autochunk.find import (
+    fake,
+    is_differentiable,
+    is_grad_function,
+    is_inplace,
+    op_name,
+    source_line,
+)
 from autochunk.sink import producers
 from autochunk.types import Candidate, Lowered, Refusal
 
@@ -294,15 +301,9 @@ def _needs_grad(graph: fx.Graph, fakes: Sequence[Any]) -> frozenset[fx.Node]:
     for node in graph.nodes:
         if node.op != "call_function" or node.target is aten.detach.default:
             continue
-        if _is_differentiable(node.meta.get("val")) and not needs.isdisjoint(node.all_input_nodes):
+        if is_differentiable(node.meta.get("val")) and not needs.isdisjoint(node.all_input_nodes):
             needs.add(node)
     return frozenset(needs)
-
-
-def _is_differentiable(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_is_differentiable(v) for v in value)
-    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _cast_before_transpose(gm: fx.GraphModule) -> None:

@@ -117,14 +117,20 @@ def test_fault_J_a_model_that_is_frozen_but_for_the_learned_number() -> None:
     assert chunked(uncertainty, inputs) == ["forward"]
 
 
+COMPLEX: dict[str, Callable[..., Tensor]] = {
+    "tail": lambda x, w, y: torch.fft.rfft(rowwise(x, w, y)).real.mean(),
+    "scalar": lambda x, w, y: (loss_of(x, w, y) * (1 + 2j)).abs(),
+    "narrow": lambda x, w, y: (rowwise(x, w, y) * 1j).exp().real.mean(),
+    "wide": lambda x, w, y: (F.linear(x, w) + 1j).abs().logsumexp(-1).mean(),
+    "sum": lambda x, w, y: (F.linear(x, w) * 1j).exp().sum().real / N,
+}
+
+
 @pytest.mark.usefixtures("no_codegen")
-def test_fault_J_a_tail_that_is_complex() -> None:
-    """Found beside J: a gradient that passes through complex numbers was silently lost."""
-
-    def spectrum(x_NH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
-        return torch.fft.rfft(rowwise(x_NH, w_VH, y_N)).real.mean()
-
-    assert chunked(spectrum, data()) == ["fused"]
+@pytest.mark.parametrize("where", list(COMPLEX))
+def test_fault_J_complex_numbers(where: str) -> None:
+    """Found beside J: a gradient that passes through complex numbers was lost, silently."""
+    assert set(chunked(COMPLEX[where], data())) == {"fused"}
 
 
 @pytest.mark.usefixtures("no_codegen")
