@@ -29,7 +29,7 @@ from autochunk.donation import donation_aware
 from autochunk.embedding import embedding_gradients
 from autochunk.entering import enter
 from autochunk.evaluation import Programs
-from autochunk.find import AMPLIFY, find, op_name, source_line
+from autochunk.find import AMPLIFY, find, is_marked_dynamic, op_name, source_line
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower
 from autochunk.plan import plan, sizes_to_try
@@ -266,17 +266,37 @@ def _schedule(
 ) -> tuple[list[Scheduled], dict[str, Refusal]]:
     scheduled = []
     for region in lifted.regions:
+        refusal = _refuse_dynamic_features(lowered, region)
+        if refusal is not None:
+            return [], dict.fromkeys(region.heads, refusal)
         wanted = bool(region.grad_outputs and differentiable_outputs(lowered, lifted, region))
         known = cotangents(lowered, lifted, region) if wanted else "no gradient is wanted"
         decided = plan(region, known, options, wanted)
         if wanted and options.strategy == "fused" and decided.strategy != "fused":
-            head = next(n for n, c in lowered.heads.items() if c.name in region.heads)
+            head = _first_head(lowered, region)
             refusal = Refusal("not-fusable", op_name(head), decided.why, source_line(head))
             return [], dict.fromkeys(region.heads, refusal)
         used = known if decided.strategy == "fused" and isinstance(known, Cotangents) else None
         key = _key(_spec(region, decided, options), decided, region)
         scheduled.append(Scheduled(region, decided, used, key))
     return scheduled, {}
+
+
+def _first_head(lowered: Lowered, region: Region) -> fx.Node:
+    return next(node for node, c in lowered.heads.items() if c.name in region.heads)
+
+
+def _refuse_dynamic_features(lowered: Lowered, region: Region) -> Refusal | None:
+    """A region that has a feature dimension which the user has marked as dynamic."""
+    inputs = [(spec.source, row_input_features(spec)) for spec in region.row_inputs]
+    inputs += [(node, list(node.meta["val"].shape)) for node in region.shared_inputs]
+    for node, features in inputs:
+        if any(map(is_marked_dynamic, features)):
+            shape = list(node.meta["val"].shape)
+            detail = f"a feature of an input of shape {shape} is marked as dynamic (mark_dynamic)"
+            head = _first_head(lowered, region)
+            return Refusal("dynamic-features", op_name(head), detail, source_line(head))
+    return None
 
 
 def _spec(region: Region, decided: Plan, options: Options) -> BodySpec:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
+from autochunk.find import is_marked_dynamic
 from autochunk.sink import ancestors, sinkable
 from autochunk.types import IndexCheck, Lifted, Lowered, Refusal, Region, RowValue
 from autochunk.walk import Walk, row_input_features
@@ -150,6 +151,8 @@ def _checks(
         if not [*used, *used_shared] or any(p.meta["val"].is_floating_point() for p in used_shared):
             complete = False
             continue
+        if is_marked_dynamic(size):
+            continue  # the region will be refused
         checks.append(
             IndexCheck(
                 graph=_subgraph(walk.body, [*used, *used_shared], [index]),

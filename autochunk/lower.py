@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autochunk.find import (
     fake,
+    is_derivative,
     is_differentiable,
     is_grad_function,
     is_inplace,
@@ -99,6 +100,9 @@ def refuse_to_lower(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
         ):
             detail = f"{target} is a custom operator"
             return Refusal("custom-function", str(target), detail, source_line(node))
+        if is_derivative(node):
+            detail = "the graph differentiates what the logits lead to"
+            return Refusal("unsupported-graph", op_name(node), detail, source_line(node))
         if node.op == "call_module" or (node.op == "call_function" and is_grad_function(target)):
             return Refusal("custom-function", op_name(node), f"{target}", source_line(node))
     return _refuse_mutation(graph, candidate)

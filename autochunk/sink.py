@@ -23,6 +23,7 @@ from autochunk.find import (
     LAYERS,
     fake,
     hint,
+    is_derivative,
     is_grad_function,
     is_inplace,
     op_name,
@@ -59,6 +60,7 @@ def producers(
             if all(user in found or user in cone for user in n.users)
             and (n.users or is_inplace(n))
             and (not is_inplace(n) or (n in made and n.args[0] in found))
+            and (not _is_part(n) or n.args[0] in found)
         }
         if kept == found:
             break
@@ -76,6 +78,11 @@ def producers(
     return sunk
 
 
+def _is_part(node: fx.Node) -> bool:
+    """Whether a call takes one of several results: it stays where they are."""
+    return op_name(node) == "getitem" and isinstance(fake(node.args[0]), (tuple, list))
+
+
 def _is_pure(node: fx.Node) -> bool:
     """Whether a call computes tensors from its arguments and could be made later as well."""
     target = node.target
@@ -86,6 +93,8 @@ def _is_pure(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(target).split(".")[0] in ("aten", "prims")
     if isinstance(target, torch._ops.HigherOrderOperator) or is_grad_function(target):
+        return False
+    if is_derivative(node):
         return False
     return parse_linear(node) is None and target not in LAYERS
 

@@ -25,6 +25,7 @@ import autochunk.backend
 import autochunk.tail
 from autochunk.backend import FallbackWarning
 from autochunk.report import collect
+from autochunk.types import Refusal
 
 N, H, V = 48, 32, 256
 OPTIONS: dict[str, Any] = {"min_bytes": 0, "chunk_rows": 7, "strict": True}
@@ -350,3 +351,164 @@ def test_one_broad_except() -> None:
         )
     ]
     assert [name for name, _ in found] == ["backend.py"], found
+
+
+# ---- G: sizes that are marked as dynamic ---------------------------------------------------------
+
+
+def refusals(function: Callable[..., Any], inputs: Sequence[Any], **keywords: Any) -> list[Refusal]:
+    """Compares a function with eager; returns the refusals of its heads, all of them refused."""
+    with collect() as reports:
+        result = compiled(function, **keywords)(*inputs)
+    torch.testing.assert_close(result, function(*inputs))
+    rows = [row for report in reports for row in report.rows]
+    assert rows, "no head was found"
+    found = [row.refusal for row in rows if row.refusal is not None]
+    assert len(found) == len(rows), rows
+    return found
+
+
+def distilled(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, top_NK: Tensor, p_NK: Tensor) -> Tensor:
+    logp_NV = F.linear(x_NH, w_VH).log_softmax(-1)
+    return -(logp_NV.gather(1, top_NK) * p_NK).sum(-1).mean()
+
+
+def shifted(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, shifts_K: Tensor) -> Tensor:
+    return (F.linear(x_NH, w_VH).logsumexp(-1, keepdim=True) * shifts_K).mean()
+
+
+def picked(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, features_K: Tensor) -> Tensor:
+    return F.linear(x_NH, w_VH)[:, features_K].logsumexp(-1).mean()
+
+
+MARKS: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor], Sequence[tuple[int, int]], str]] = {
+    "vocabulary": (loss_of, (), [(1, 0)], "the weight's number of features is marked"),
+    "hidden size": (loss_of, (), [(0, 1), (1, 1)], "the weight's number of features is marked"),
+    "of a row input": (
+        distilled,
+        (torch.arange(N * 5).view(N, 5) % V, torch.rand(N, 5)),
+        [(3, 1), (4, 1)],
+        f"a feature of an input of shape [{N}, s",
+    ),
+    "of a shared input": (shifted, (torch.rand(3),), [(3, 0)], "a feature of an input of shape [s"),
+    "of an index": (picked, (torch.arange(7),), [(3, 0)], "a feature of an input of shape [s"),
+}
+
+
+@pytest.mark.usefixtures("no_codegen")
+@pytest.mark.parametrize("limits", [{}, {"min": 2, "max": 4096}], ids=["any", "limits"])
+@pytest.mark.parametrize("what", list(MARKS))
+def test_fault_G_a_feature_that_is_marked_as_dynamic(what: str, limits: dict[str, int]) -> None:
+    function, more, marks, detail = MARKS[what]
+    inputs = [*data(), *(t.clone() for t in more)]
+    for position, dim in marks:
+        torch._dynamo.mark_dynamic(inputs[position], dim, **limits)
+    (refusal,) = refusals(function, inputs)
+    assert refusal.code == "dynamic-features"
+    assert refusal.detail.startswith(detail)
+    assert refusal.detail.endswith("marked as dynamic (mark_dynamic)")
+    assert "test_faults_backend.py" in refusal.source
+
+
+@pytest.mark.usefixtures("no_codegen")
+@pytest.mark.parametrize("limits", [{}, {"min": 2, "max": 4096}], ids=["any", "limits"])
+def test_fault_G_rows_that_are_marked_as_dynamic_are_chunked(limits: dict[str, int]) -> None:
+    inputs = data()
+    with collect() as reports:
+        torch._dynamo.mark_dynamic(inputs[0], 0, **limits)
+        torch._dynamo.mark_dynamic(inputs[2], 0, **limits)
+        loss = compiled(loss_of)(*inputs)
+    torch.testing.assert_close(loss, loss_of(*inputs))
+    assert [row.strategy for row in reports[0].rows] == ["fused"]
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_fault_G_maybe_marked_is_no_promise() -> None:
+    inputs = data()
+    with collect() as reports:
+        torch._dynamo.maybe_mark_dynamic(inputs[1], 0)
+        loss = compiled(loss_of)(*inputs)
+    torch.testing.assert_close(loss, loss_of(*inputs))
+    assert [row.strategy for row in reports[0].rows] == ["fused"]
+
+
+# ---- Y2: derivatives in the graph ---------------------------------------------------------------
+
+
+def gradient_of_the_loss(x_NH: Tensor, w_VH: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
+    loss = loss_of(x_NH, w_VH, y_N)
+    (grad_VH,) = torch.autograd.grad(loss, w_VH)
+    return loss.detach(), grad_VH
+
+
+def gradient_penalty(x_NH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
+    loss = loss_of(x_NH, w_VH, y_N)
+    (grad_NH,) = torch.autograd.grad(loss, x_NH, create_graph=True)
+    return loss + grad_NH.square().sum()
+
+
+def backward_inside(x_NH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
+    loss = loss_of(x_NH, w_VH, y_N)
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.usefixtures("no_codegen")
+@pytest.mark.parametrize("function", [gradient_of_the_loss, gradient_penalty, backward_inside])
+def test_fault_Y2_the_graph_differentiates_the_loss(function: Callable[..., Any]) -> None:
+    inputs = data()
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        (refusal,) = refusals(function, inputs, fullgraph=True)
+    assert refusal.code == "unsupported-graph"
+    assert refusal.op == "grad"
+    assert refusal.detail == "the graph differentiates what the logits lead to"
+    assert "autograd.grad(" in refusal.source or "backward()" in refusal.source
+
+
+def energy_first(x_NH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
+    """A derivative that the head reads, and that does not read the head."""
+    (step_NH,) = torch.autograd.grad(x_NH.square().sum(), x_NH)
+    return loss_of(x_NH.detach() - 0.1 * step_NH, w_VH, y_N)
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_fault_Y2_a_derivative_before_the_head() -> None:
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        assert chunked(energy_first, data(), fullgraph=True) == ["fused"]
+
+
+def wide_derivative(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, t_NV: Tensor) -> Tensor:
+    """A derivative as wide as the logits, which only they read: it stays where it is."""
+    (soft_NV,) = torch.autograd.grad(t_NV.logsumexp(-1).sum(), t_NV)
+    return -(F.linear(x_NH, w_VH).log_softmax(-1) * soft_NV.detach()).sum(-1).mean()
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_fault_Y2_a_derivative_that_only_the_loss_reads() -> None:
+    t_NV = torch.randn(N, V, requires_grad=True)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        assert chunked(wide_derivative, (*data(), t_NV), fullgraph=True) == ["fused"]
+
+
+class Halves(torch.autograd.Function):
+    """Two results as wide as the logits, of a call that is left as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, t_NV: Tensor) -> tuple[Tensor, Tensor]:
+        return t_NV / 2, t_NV / 3
+
+    @staticmethod
+    def backward(ctx: Any, a_NV: Tensor, b_NV: Tensor) -> Tensor:
+        return a_NV / 2 + b_NV / 3
+
+
+def halves(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, t_NV: Tensor) -> Tensor:
+    half_NV, third_NV = Halves.apply(t_NV)
+    return F.mse_loss(F.linear(x_NH, w_VH), half_NV) + third_NV.mean() * 0
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_fault_Y2_one_of_several_wide_results() -> None:
+    """Found beside Y2: what takes one of several results moved without what makes them."""
+    t_NV = torch.randn(N, V, requires_grad=True)
+    assert chunked(halves, (*data(), t_NV)) == ["fused"]
