@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._inductor.compile_fx import compile_fx
 
 from autochunk import body as body_stage
@@ -28,7 +29,7 @@ from autochunk.donation import donation_aware
 from autochunk.embedding import embedding_gradients
 from autochunk.entering import enter
 from autochunk.evaluation import Programs
-from autochunk.find import AMPLIFY, find, op_name, source_line
+from autochunk.find import AMPLIFY, find, is_marked_dynamic, op_name, source_line
 from autochunk.interpret import is_little_around, is_small
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower, remaining_write
@@ -49,6 +50,9 @@ from autochunk.types import (
 )
 from autochunk.version import __version__
 from autochunk.walk import row_input_features
+
+#: How a backend tells Dynamo to trace again or to skip the frame; state of Dynamo's goes with it.
+CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 
 
 class FallbackWarning(UserWarning):
@@ -95,34 +99,40 @@ def _compile(
     required: bool,
     amplify: float = AMPLIFY,
 ) -> Callable[..., Any]:
-    parsed = options
     graph = next_graph()
+    compiled: Callable[..., Any] | None = None
+    failure: Exception | None = None
     try:
         # Anomaly detection looks for nan in each gradient, which a traced one cannot answer; a
         # checkpoint around the compiled function must not count what tracing saves.
         with torch.autograd.set_detect_anomaly(False), no_saved_tensors_hooks():
-            made = _rewrite(gm, parsed, graph, required, amplify)
+            made = _rewrite(gm, options, graph, required, amplify)
         if required:
             _raise_refusal(made.report)
-        compiled = made.compile(example_inputs, parsed)
-        publish(made.report, parsed.debug is not None)
-        return compiled
-    except (OptionError, RefusedError):
+        report = made.report
+        if made.rewritten is not None:
+            compiled = _compile_rewritten(made, made.rewritten, example_inputs, options)
+    except (OptionError, RefusedError, *CONTROL_FLOW):
         raise
     except Exception as error:
-        if parsed.strict:
-            raise
         reason = f"{type(error).__name__}: {error}"
+        report = Report(graph, (), failure=reason + "\n" + traceback.format_exc(limit=-3))
+        failure = error
+    if compiled is None:
+        # Outside of the ``try``: what plain Inductor raises, too, is no failure of a rewrite.
+        compiled = _inductor(gm, example_inputs, options)
+    if failure is not None:
+        if options.strict:
+            raise failure
         warnings.warn(
             f"autochunk: a rewrite failed and the graph runs as plain Inductor ({reason}). "
             'Please report it; options={"strict": True} shows where it comes from.',
             FallbackWarning,
             stacklevel=2,
         )
-        report = Report(graph, (), failure=reason + "\n" + traceback.format_exc(limit=-3))
-        compiled = _inductor(gm, example_inputs, parsed)
-        publish(report, parsed.debug is not None)
-        return compiled
+        failure = None  # its traceback refers to this frame
+    publish(report, options.debug is not None)
+    return compiled
 
 
 @dataclass(frozen=True)
@@ -130,26 +140,25 @@ class _Made:
     """What ``_rewrite`` decided.
 
     Attributes:
-        original: Dynamo's graph.
-        rewritten: The new one; None if no head is chunked.
+        rewritten: The new graph; None if no head is chunked.
         interpreted: Whether what is around its regions runs op by op.
     """
 
-    original: fx.GraphModule
     rewritten: Rewritten | None
     report: Report
     interpreted: bool = False
 
-    def compile(self, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-        if self.rewritten is None:
-            return _inductor(self.original, example_inputs, options)
-        if self.interpreted:
-            return self.rewritten.gm.forward
-        compiled = _inductor_with_regions(self.rewritten.gm, example_inputs, options)
-        again = functools.partial(
-            _compile, options=replace(options, min_bytes=0), required=True, amplify=1
-        )
-        return _Compiled(compiled, self.rewritten, Programs(again))
+
+def _compile_rewritten(
+    made: _Made, rewritten: Rewritten, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    if made.interpreted:
+        return rewritten.gm.forward
+    compiled = _inductor_with_regions(rewritten.gm, example_inputs, options)
+    again = functools.partial(
+        _compile, options=replace(options, min_bytes=0), required=True, amplify=1
+    )
+    return _Compiled(compiled, rewritten, Programs(again))
 
 
 def _inductor(
@@ -270,7 +279,7 @@ def _rewrite(
         and is_little_around(analysis.gm, lowered, lifted)
     )
     report = Report(number, tuple(rows), directory=directory)
-    return _Made(gm, rewritten, report, interpreted)
+    return _Made(rewritten, report, interpreted)
 
 
 def _schedule(
@@ -278,19 +287,39 @@ def _schedule(
 ) -> tuple[list[Scheduled], dict[str, Refusal]]:
     scheduled = []
     for region in lifted.regions:
+        refusal = _refuse_dynamic_features(lowered, region)
+        if refusal is not None:
+            return [], dict.fromkeys(region.heads, refusal)
         wanted = bool(region.grad_outputs and differentiable_outputs(lowered, lifted, region))
         known = cotangents(lowered, lifted, region) if wanted else "no gradient is wanted"
         decided = plan(region, known, options, wanted)
         if required and not options.autotune and is_small(region, decided):
             decided = replace(decided, interpreted=True)
         if wanted and options.strategy == "fused" and decided.strategy != "fused":
-            head = next(n for n, c in lowered.heads.items() if c.name in region.heads)
+            head = _first_head(lowered, region)
             refusal = Refusal("not-fusable", op_name(head), decided.why, source_line(head))
             return [], dict.fromkeys(region.heads, refusal)
         used = known if decided.strategy == "fused" and isinstance(known, Cotangents) else None
         key = _key(_spec(region, decided, options), decided, region)
         scheduled.append(Scheduled(region, decided, used, key))
     return scheduled, {}
+
+
+def _first_head(lowered: Lowered, region: Region) -> fx.Node:
+    return next(node for node, c in lowered.heads.items() if c.name in region.heads)
+
+
+def _refuse_dynamic_features(lowered: Lowered, region: Region) -> Refusal | None:
+    """A region that has a feature dimension which the user has marked as dynamic."""
+    inputs = [(spec.source, row_input_features(spec)) for spec in region.row_inputs]
+    inputs += [(node, list(node.meta["val"].shape)) for node in region.shared_inputs]
+    for node, features in inputs:
+        if any(map(is_marked_dynamic, features)):
+            shape = list(node.meta["val"].shape)
+            detail = f"a feature of an input of shape {shape} is marked as dynamic (mark_dynamic)"
+            head = _first_head(lowered, region)
+            return Refusal("dynamic-features", op_name(head), detail, source_line(head))
+    return None
 
 
 def _spec(region: Region, decided: Plan, options: Options) -> BodySpec:

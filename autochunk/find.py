@@ -132,6 +132,13 @@ def fake(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
+def is_differentiable(value: Any) -> bool:
+    """Whether a value, or one of several, is of a dtype that has gradients: real or complex."""
+    if isinstance(value, (tuple, list)):
+        return any(is_differentiable(v) for v in value)
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def hint(size: int | torch.SymInt) -> int:
     """A size as a number: a symbolic one by the value it was first seen with.
 
@@ -199,6 +206,13 @@ def is_grad_function(target: Any) -> bool:
     """Whether a call's target is a custom autograd Function's ``apply``."""
     owner = getattr(target, "__self__", None)
     return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+
+
+def is_derivative(node: fx.Node) -> bool:
+    """Whether a call of a Dynamo graph differentiates what the graph computes."""
+    return node.target in (torch.autograd.grad, torch.autograd.backward) or (
+        node.op == "call_method" and node.target == "backward"
+    )
 
 
 def parse_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, str] | None:
@@ -275,9 +289,9 @@ def _refuse_at_a_glance(
     if isinstance(candidate.rows, int) and candidate.rows < 2:
         detail = "one row of logits" if candidate.rows else "no rows of logits"
         return Refusal("single-row", op_name(candidate.node), detail, candidate.source)
-    if not _has_static_features(candidate.weight):
-        detail = "the weight has a symbolic size and is no parameter"
-        return Refusal("dynamic-features", op_name(candidate.node), detail, candidate.source)
+    dynamic = _dynamic_features(candidate)
+    if dynamic is not None:
+        return Refusal("dynamic-features", op_name(candidate.node), dynamic, candidate.source)
     if layer is not None:
         return Refusal(
             "feeds-layer",
@@ -288,16 +302,50 @@ def _refuse_at_a_glance(
     return None
 
 
-def _has_static_features(weight: fx.Node) -> bool:
-    """Whether a weight's sizes are numbers, or may be specialised to the numbers they have.
+def _dynamic_features(candidate: Candidate) -> str | None:
+    """Why a head's features cannot be specialised to the numbers that they have, if they cannot.
 
-    A parameter's may: its shape does not change from call to call.
+    A parameter's can: its shape does not change from call to call. What the user has marked as
+    dynamic never can.
     """
+    weight = candidate.weight
+    for node in (weight, candidate.x):
+        val = fake(node)
+        features = val.shape if node is weight else val.shape[-1:]
+        if any(map(is_marked_dynamic, features)):
+            what = "the weight's" if node is weight else "the hidden states'"
+            return f"{what} number of features is marked as dynamic (mark_dynamic)"
     val = fake(weight)
-    assert isinstance(val, torch.Tensor)
     if not any(isinstance(size, torch.SymInt) for size in val.shape):
-        return True
-    return weight.op == "placeholder" and val.is_leaf and val.requires_grad
+        return None
+    if weight.op == "placeholder" and val.is_leaf and val.requires_grad:
+        return None
+    return "the weight has a symbolic size and is no parameter"
+
+
+def is_marked_dynamic(size: Any) -> bool:
+    """Whether a size must stay symbolic: the user has said so (``torch._dynamo.mark_dynamic``).
+
+    Dynamo raises ConstraintViolationError after the backend has returned if it was specialised.
+    """
+    if not isinstance(size, torch.SymInt):
+        return False
+    symbols = size.node.expr.free_symbols
+    return any(
+        constraint is not None and not constraint.warn_only and not symbols.isdisjoint(free)
+        for constraint, free in _constraints(size.node.shape_env)
+    )
+
+
+def _constraints(shape_env: Any) -> Iterator[tuple[Any, set[sympy.Symbol]]]:
+    """The constraint on each symbolic size of a graph's inputs, and the size's symbols."""
+    for tracked in shape_env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None)
+        if constraints is None or not isinstance(tracked.fake, torch.Tensor):
+            continue
+        for size, constraint in zip(tracked.fake.shape, constraints, strict=True):
+            if isinstance(size, torch.SymInt):
+                yield constraint, size.node.expr.free_symbols
 
 
 def _layer_fed_by(head: fx.Node, last: Collection[fx.Node]) -> fx.Node | None:

@@ -18,7 +18,7 @@ from math import prod
 
 from torch import fx
 
-from autochunk.find import hint
+from autochunk.find import hint, is_marked_dynamic
 from autochunk.sink import ancestors, sinkable
 from autochunk.tables import with_tables
 from autochunk.types import IndexCheck, Lifted, Lowered, Refusal, Region, RowValue
@@ -162,6 +162,8 @@ def _checks(
         if not [*used, *used_shared] or any(p.meta["val"].is_floating_point() for p in used_shared):
             complete = False
             continue
+        if is_marked_dynamic(size):
+            continue  # the region will be refused
         checks.append(
             IndexCheck(
                 graph=_subgraph(walk.body, [*used, *used_shared], [index]),

@@ -30,7 +30,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autochunk.find import fake, is_grad_function, op_name, source_line
+from autochunk.find import (
+    fake,
+    is_derivative,
+    is_differentiable,
+    is_grad_function,
+    op_name,
+    source_line,
+)
 from autochunk.memory import Conflict, Memory, storages, written_arguments
 from autochunk.rules import rule_for
 from autochunk.sink import producers
@@ -111,6 +118,9 @@ def _refuse_call(node: fx.Node) -> Refusal | None:
     ):
         detail = f"{target} is a custom operator"
         return Refusal("custom-function", str(target), detail, source_line(node))
+    if is_derivative(node):
+        detail = "the graph differentiates what the logits lead to"
+        return Refusal("unsupported-graph", op_name(node), detail, source_line(node))
     if node.op == "call_module" or (node.op == "call_function" and is_grad_function(target)):
         return Refusal("custom-function", op_name(node), f"{target}", source_line(node))
     return None
@@ -366,15 +376,9 @@ def _needs_grad(graph: fx.Graph, inputs_need: Sequence[bool]) -> frozenset[fx.No
     for node in graph.nodes:
         if node.op != "call_function" or node.target is aten.detach.default:
             continue
-        if _is_differentiable(node.meta.get("val")) and not needs.isdisjoint(node.all_input_nodes):
+        if is_differentiable(node.meta.get("val")) and not needs.isdisjoint(node.all_input_nodes):
             needs.add(node)
     return frozenset(needs)
-
-
-def _is_differentiable(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_is_differentiable(v) for v in value)
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _copies_to_values(gm: fx.GraphModule) -> None:

@@ -85,7 +85,7 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
     root = step.root
     try:
         shown = metadata_of(step)
-    except Exception:  # the user's error: it is raised again by the op on the values
+    except _ERRORS_OF_OPS:  # the user's: it is raised again by the op on the values
         return NotImplemented
     if shown.returned is not None:
         return leaves[shown.returned]
@@ -103,6 +103,9 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
     formula = StepFormula(step, root, one.requires_grad, shown.is_view)
     return make(formula, one.shape, one.strides, one, one.requires_grad)
 
+
+#: What PyTorch raises for arguments that do not fit.
+_ERRORS_OF_OPS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 #: An op with more results than this is done on the logits' values.
 _MOST_RESULTS = 32

@@ -248,7 +248,8 @@ class _Writer:
             self._take_outputs(region, results)
             return None
         assert item.cotangents is not None
-        weights = self._cotangents(item.cotangents)
+        # Numbers to the loop: what they depend on gets its gradient from the tail.
+        weights = [self._detach(n) for n in self._cotangents(item.cotangents)]
         results = self._emit(torch.ops.autochunk.fused.default, *detached, weights, item.key)
         self._take_outputs(region, results)
         wanted = [rows[i] for i in region.row_grads] + [shared[i] for i in region.shared_grads]
@@ -489,8 +490,6 @@ class _Writer:
             if node.op == "call_function" and not is_size(node):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), get)
                 env[node] = self._emit(node.target, *args, **kwargs)
-            elif node.op == "get_attr":
-                raise NotImplementedError("a constant tensor in the loss's derivative")
             elif node.op == "output":
                 return [env[arg] for arg in node.args[0]]
         raise AssertionError("a graph without an output")

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from autochunk.find import hint
+from autochunk.find import hint, is_differentiable
 from autochunk.types import RowValue, Split
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _reduce(walk: Walk, node: fx.Node) -> Result:
         shape=shape,
         chain=x.chain,
         heads=x.heads,
-        needs_grad=x.needs_grad and out.is_floating_point(),
+        needs_grad=x.needs_grad and is_differentiable(out),
         val=_split_val(x, shape, inner.get("dtype", out.dtype)),
     )
     return Split(value, outer_kwargs)

@@ -23,8 +23,10 @@ from autochunk.find import (
     LAYERS,
     fake,
     hint,
+    is_derivative,
     is_grad_function,
     is_inplace,
+    op_name,
     parse_linear,
 )
 from autochunk.memory import Access, Memory
@@ -60,6 +62,11 @@ def producers(
     return frozenset(_movable(graph, memory, cone, sunk))
 
 
+def _is_part(node: fx.Node) -> bool:
+    """Whether a call takes one of several results: it stays where they are."""
+    return op_name(node) == "getitem" and isinstance(fake(node.args[0]), (tuple, list))
+
+
 def _movable(
     graph: fx.Graph, memory: Memory, cone: Collection[fx.Node], nodes: set[fx.Node]
 ) -> set[fx.Node]:
@@ -72,6 +79,7 @@ def _movable(
             if all(user in inside for user in n.users)
             and (n.users or memory.access(n).writes)
             and all(memory.base(storage) in inside for storage in memory.access(n).writes)
+            and (not _is_part(n) or n.args[0] in nodes)
         }
         if users_inside != nodes:
             nodes = users_inside
@@ -94,6 +102,8 @@ def _is_pure(node: fx.Node, access: Access) -> bool:
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(target).split(".")[0] in ("aten", "prims")
     if isinstance(target, torch._ops.HigherOrderOperator) or is_grad_function(target):
+        return False
+    if is_derivative(node):
         return False
     return parse_linear(node) is None and target not in LAYERS
 

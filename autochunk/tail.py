@@ -47,8 +47,10 @@ def _cotangents_at(loss: fx.Node, lifted: Lifted, region: Region) -> Cotangents 
     nodes = _between(lifted, region, loss)
     try:
         graph, inputs = _trace_vjp(lifted, region, loss, nodes)
-    except Exception as error:  # a tail autograd cannot trace is simply not known in advance
+    except RuntimeError as error:  # autograd's; a mistake of our own is another
         return f"the derivative of the loss could not be traced ({error})"
+    if any(node.op == "get_attr" for node in graph.graph.nodes):
+        return "the derivative of the loss has a constant tensor in it"
     placeholders = [p for p in graph.graph.nodes if p.op == "placeholder"]
     outputs, given = placeholders[: len(region.outputs)], placeholders[len(region.outputs) :]
     if any(not is_size(user) for placeholder in outputs for user in placeholder.users):
@@ -118,12 +120,13 @@ def _reached(
 
 
 def _common_scalars(lowered: Lowered, lifted: Lifted, region: Region) -> list[fx.Node]:
-    """The scalars through which every gradient path of the region passes, in order."""
+    """The real scalars through which every gradient path of the region passes, in order."""
     found = []
     for node in lifted.tail:
         val = node.meta.get("val")
         if (
             isinstance(val, torch.Tensor)
+            and val.is_floating_point()
             and node in lowered.needs_grad
             and statically_known_true(val.numel() == 1)
             and not _reached(lowered, lifted, region, without=node)

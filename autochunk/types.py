@@ -30,8 +30,9 @@ NARROW = 8
 REFUSAL_CODES: Mapping[str, str] = {
     "small": "The logits take fewer bytes than `min_bytes`; chunking would not pay.",
     "single-row": "The head is applied to one row, or to none; there is nothing to chunk.",
-    "dynamic-features": "The number of features (the vocabulary) is symbolic and does not come "
-    "from a parameter, so each new number would be compiled anew.",
+    "dynamic-features": "A number of features (the vocabulary, the hidden size) is symbolic and "
+    "does not come from a parameter, so each new number would be compiled anew; or it is marked "
+    "as dynamic, and then it must not be specialised.",
     "feeds-layer": "The wide output feeds another layer (an MLP's or attention's projection), "
     "so it is not a head whose output is reduced.",
     "not-reduced": "Nothing reduces the logits to a few numbers per row: nothing uses them, or the "
@@ -50,7 +51,9 @@ REFUSAL_CODES: Mapping[str, str] = {
     "custom-function": "The logits enter a custom autograd Function or a custom operator.",
     "not-fusable": 'The option `strategy="fused"` was given, but the loss is not affine in the '
     "per-row values, or they reach more than one loss; their gradients are not known in advance.",
-    "unsupported-graph": "The graph has a construct that cannot be lowered to ATen ops here.",
+    "unsupported-graph": "The graph has a construct that cannot be lowered to ATen ops here: it "
+    "calls `torch.autograd.grad` or `backward` on what the logits lead to "
+    "(`torch._dynamo.config.trace_autograd_ops`).",
 }
 
 

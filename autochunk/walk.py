@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from autochunk.find import hint, op_name, source_line
+from autochunk.find import hint, is_differentiable, op_name, source_line
 from autochunk.pieces import join, whole
 from autochunk.rules import Boundary, aten, bind, rule_for, same_rows, same_shape, same_size
 from autochunk.sink import ancestors, rows_of
@@ -407,7 +407,7 @@ class Walk:
             a in self.lowered.needs_grad for a in node.all_input_nodes if a not in self.env
         )
         grad = outer_grad or any(o.needs_grad for o in row_operands)
-        grad = grad and val.is_floating_point() and node.target not in _WITHOUT_GRADIENT
+        grad = grad and is_differentiable(val) and node.target not in _WITHOUT_GRADIENT
         if not grad and not any(o.node is emitted for o in row_operands):
             self.without_gradient.add(emitted)
         return RowValue(
