@@ -29,6 +29,7 @@ from autochunk.embedding import embedding_gradients
 from autochunk.entering import enter
 from autochunk.evaluation import Programs
 from autochunk.find import AMPLIFY, find, op_name, source_line
+from autochunk.grouping import grouped, kept_more_than_once
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower
 from autochunk.plan import plan, sizes_to_try
@@ -231,7 +232,8 @@ def _rewrite(
             scheduled = [_tuned(item, options) for item in scheduled]
             analysis = replace(analysis, scheduled=scheduled)
         loops = [_loop(item, options) for item in scheduled]
-        rewritten = rewrite(analysis.gm, lowered, lifted, scheduled)
+        groups = grouped(lowered, scheduled, options)
+        rewritten = rewrite(analysis.gm, lowered, lifted, groups)
         if analysis.gm is not gm:
             stages.append(("twins", _readable(analysis.gm)))
         stages.append(("lowered", _readable(lowered.graph)))
@@ -263,10 +265,21 @@ def _schedule(
             head = next(n for n, c in lowered.heads.items() if c.name in region.heads)
             refusal = Refusal("not-fusable", op_name(head), decided.why, source_line(head))
             return [], dict.fromkeys(region.heads, refusal)
-        used = known if decided.strategy == "fused" and isinstance(known, Cotangents) else None
-        key = _key(_spec(region, decided, options), decided, region)
-        scheduled.append(Scheduled(region, decided, used, key))
+        scheduled.append(_scheduled(region, decided, known, options))
+    several = kept_more_than_once(scheduled) if options.strategy == "auto" else frozenset()
+    for i, item in enumerate(scheduled):
+        if item.region.name in several:
+            why = "several losses of this weight; each would keep a gradient of the weight's size"
+            decided = plan(item.region, why, options, wanted=True)
+            scheduled[i] = _scheduled(item.region, decided, why, options)
     return scheduled, {}
+
+
+def _scheduled(
+    region: Region, decided: Plan, known: Cotangents | str, options: Options
+) -> Scheduled:
+    used = known if decided.strategy == "fused" and isinstance(known, Cotangents) else None
+    return Scheduled(region, decided, used, _key(_spec(region, decided, options), decided, region))
 
 
 def _spec(region: Region, decided: Plan, options: Options) -> BodySpec:

@@ -2,7 +2,7 @@
 
     1. Everything outside the cone is copied as it was.
     2. Outer nodes of the lowered graph follow, where something needs them.
-    3. Per region: its inputs are prepared (rows selected, expanded, flattened), then
+    3. Per group of regions: their inputs are prepared (rows selected, expanded, flattened), then
          fused      cotangents, the op on detached inputs, and ``attach`` on the loss;
          recompute  the differentiable op;
          forward    the same on detached inputs.
@@ -26,6 +26,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
+from autochunk.runtime import gradient_positions
 from autochunk.tail import logical_order, output_index
 from autochunk.types import Cotangents, Lifted, Lowered, Plan, Region, RowInput, RowOp, RowValue
 from autochunk.walk import is_size, row_input_features
@@ -41,6 +42,23 @@ class Scheduled:
     plan: Plan
     cotangents: Cotangents | None
     key: str
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Regions that one op computes, so that a weight they share has one gradient.
+
+    Attributes:
+        items: One, or several of one strategy (and, if fused, of one loss).
+        shared: For each of them its shared inputs; equal ones are one node.
+        key: Finds it at run time.
+        kept: Whether a fused group's gradients are kept outside of the graph (``keeping.py``).
+    """
+
+    items: tuple[Scheduled, ...]
+    shared: tuple[tuple[fx.Node, ...], ...]
+    key: str
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -87,10 +105,14 @@ class Rewritten:
 
 
 def rewrite(
-    gm: fx.GraphModule, lowered: Lowered, lifted: Lifted, scheduled: Sequence[Scheduled]
+    gm: fx.GraphModule, lowered: Lowered, lifted: Lifted, groups: Sequence[Grouped]
 ) -> Rewritten:
     """Writes the new graph; ``gm`` is not modified."""
-    return _Writer(gm, lowered, lifted, scheduled).write()
+    return _Writer(gm, lowered, lifted, groups).write()
+
+
+#: An op to be applied to a loss, with its other arguments.
+_Attachment = tuple[Any, tuple[Any, ...]]
 
 
 class _Writer:
@@ -99,12 +121,12 @@ class _Writer:
         gm: fx.GraphModule,
         lowered: Lowered,
         lifted: Lifted,
-        scheduled: Sequence[Scheduled],
+        groups: Sequence[Grouped],
     ) -> None:
         self.gm = gm
         self.lowered = lowered
         self.lifted = lifted
-        self.scheduled = scheduled
+        self.groups = groups
         self.new = fx.Graph()
         self.from_dynamo: dict[fx.Node, fx.Node] = {}
         self.outer: dict[fx.Node, fx.Node] = {}  # lowered node → new node
@@ -124,12 +146,12 @@ class _Writer:
         for node, source in zip(placeholders, self.lowered.inputs, strict=True):
             self.outer[node] = self.from_dynamo[source]
         exits = self._disable_autocast()
-        losses: dict[fx.Node, list[tuple[list[fx.Node], list[fx.Node]]]] = {}
-        for item in self.scheduled:
-            attachment = self._region(item)
-            if attachment is not None:
-                assert item.cotangents is not None
-                losses.setdefault(item.cotangents.loss, []).append(attachment)
+        losses: dict[fx.Node, list[_Attachment]] = {}
+        for group in self.groups:
+            attachment = self._group(group)
+            known = group.items[0].cotangents
+            if attachment is not None and known is not None:
+                losses.setdefault(known.loss, []).append(attachment)
         self._tail(losses)
         deferrals, extra = self._deferrals(output)
         for node in reversed(exits):
@@ -164,36 +186,54 @@ class _Writer:
             for device in sorted(devices)
         ]
 
-    def _region(self, item: Scheduled) -> tuple[list[fx.Node], list[fx.Node]] | None:
-        """Writes one region; returns the inputs and their gradients if a loss must carry them."""
-        region, plan = item.region, item.plan
-        self.trace = self._trace_of(region)
-        rows = [self._row_input(spec, region) for spec in region.row_inputs]
-        shared = [self._get(node) for node in region.shared_inputs]
-        if plan.strategy == "recompute":
-            results = self._emit(torch.ops.autochunk.forward.default, rows, shared, item.key)
-            self._take_outputs(region, results)
+    def _group(self, group: Grouped) -> _Attachment | None:
+        """Writes a group of regions; returns what must be done to a loss that carries gradients."""
+        ops = torch.ops.autochunk
+        self.trace = self._trace_of(group.items[0].region)
+        rows = [
+            self._row_input(spec, item.region)
+            for item in group.items
+            for spec in item.region.row_inputs
+        ]
+        shared = [self._get(node) for nodes in group.shared for node in nodes]
+        strategy = group.items[0].plan.strategy
+        if strategy == "recompute":
+            results = self._emit(ops.forward.default, rows, shared, group.key)
+            self._take_outputs(group, results)
             return None
         detached = [[self._detach(n) for n in nodes] for nodes in (rows, shared)]
-        if plan.strategy == "forward":
-            results = self._emit(torch.ops.autochunk.forward.default, *detached, item.key)
-            self._take_outputs(region, results)
+        if strategy == "forward":
+            results = self._emit(ops.forward.default, *detached, group.key)
+            self._take_outputs(group, results)
             return None
-        assert item.cotangents is not None
-        weights = self._cotangents(item.cotangents)
-        results = self._emit(torch.ops.autochunk.fused.default, *detached, weights, item.key)
-        self._take_outputs(region, results)
-        wanted = [rows[i] for i in region.row_grads] + [shared[i] for i in region.shared_grads]
-        first = len(region.outputs)
-        gradients = [self._item(results, first + i) for i in range(len(wanted))]
-        return wanted, gradients
+        weights = [
+            node
+            for item in group.items
+            if item.cotangents is not None
+            for node in self._cotangents(item.cotangents)
+        ]
+        op = ops.fused_kept.default if group.kept else ops.fused.default
+        results = self._emit(op, *detached, weights, group.key)
+        n_outputs = self._take_outputs(group, results)
+        if group.kept:
+            ticket = self._item(results, n_outputs)
+            return ops.attach_kept.default, (rows, shared, weights, ticket, group.key)
+        row_grads, shared_grads = gradient_positions(group.key)
+        wanted = [*(rows[i] for i in row_grads), *(shared[i] for i in shared_grads)]
+        gradients = [self._item(results, n_outputs + i) for i in range(len(wanted))]
+        return ops.attach.default, (wanted, gradients)
 
-    def _take_outputs(self, region: Region, results: fx.Node) -> None:
-        for i, value in enumerate(region.outputs):
-            out = self._item(results, i)
-            self.stored[region.name, i] = out if value.needs_grad else self._detach(out)
+    def _take_outputs(self, group: Grouped, results: fx.Node) -> int:
+        """Notes the outputs of a group's regions; returns their number."""
+        n = 0
+        for item in group.items:
+            for i, value in enumerate(item.region.outputs):
+                out = self._item(results, n)
+                self.stored[item.region.name, i] = out if value.needs_grad else self._detach(out)
+                n += 1
+        return n
 
-    def _tail(self, losses: Mapping[fx.Node, list[tuple[list[fx.Node], list[fx.Node]]]]) -> None:
+    def _tail(self, losses: Mapping[fx.Node, list[_Attachment]]) -> None:
         for node in self.lifted.tail:
             self.trace = node.meta.get("stack_trace")
             split = self.lifted.splits.get(node)
@@ -208,8 +248,8 @@ class _Writer:
                 made = self._emit(
                     node.target, *fx.map_arg(args, self._get), **fx.map_arg(kwargs, self._get)
                 )
-            for inputs, gradients in losses.get(node, []):
-                made = self._emit(torch.ops.autochunk.attach.default, made, inputs, gradients)
+            for attach, args in losses.get(node, []):
+                made = self._emit(attach, made, *args)
             self.outer[node] = made
             self._remember_sizes(made, node.meta.get("val"))
 
@@ -303,7 +343,7 @@ class _Writer:
         """A region's output in the user's shape."""
         if node is not None and node in self.logical:
             return self.logical[node]
-        for item in self.scheduled:
+        for item in (item for group in self.groups for item in group.items):
             index = output_index(value, item.region)
             if index is not None:
                 out = self.stored[item.region.name, index]
