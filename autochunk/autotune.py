@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from autochunk.body import TensorSpec
 from autochunk.plan import accumulate_dtype, step_bytes
-from autochunk.runtime import Loop, run_loop
+from autochunk.runtime import Loop, alone, run_group
 from autochunk.types import Plan
 
 #: How much slower than the fastest one that takes less memory may be: what medians scatter by.
@@ -110,12 +110,13 @@ def _times(trials: Sequence[tuple[Plan, Loop]]) -> dict[int, float]:
 def _run(
     loop: Loop, rows: Sequence[Tensor], shared: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> None:
+    group = alone(loop)
     if loop.full_kernel is not None:
-        run_loop(loop, loop.full_kernel, rows, shared, cotangents)
+        run_group(group, "full_kernel", rows, shared, cotangents)
     if loop.value_kernel is not None:
-        run_loop(loop, loop.value_kernel, rows, shared, ())
+        run_group(group, "value_kernel", rows, shared, (), gradients=False)
     if loop.grad_kernel is not None:
-        run_loop(loop, loop.grad_kernel, rows, shared, cotangents)
+        run_group(group, "grad_kernel", rows, shared, cotangents)
 
 
 def _as_in_use(plan: Plan, loop: Loop) -> Loop:

@@ -30,12 +30,14 @@ from autochunk.embedding import embedding_gradients
 from autochunk.entering import enter
 from autochunk.evaluation import Programs
 from autochunk.find import AMPLIFY, find, is_marked_dynamic, op_name, source_line
+from autochunk.grouping import grouped, kept_more_than_once
 from autochunk.interpret import is_little_around, is_small
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower, remaining_write
+from autochunk.order import check_order, refuse_deferral
 from autochunk.plan import plan, sizes_to_try
 from autochunk.report import Report, Row, next_graph, publish, write_debug
-from autochunk.rewrite import Rewritten, Scheduled, check_order, refuse_deferral, rewrite
+from autochunk.rewrite import Rewritten, Scheduled, rewrite
 from autochunk.tail import cotangents, differentiable_outputs
 from autochunk.twin import with_twin
 from autochunk.types import (
@@ -254,7 +256,8 @@ def _rewrite(
             scheduled = [_tuned(item, options) for item in scheduled]
             analysis = replace(analysis, scheduled=scheduled)
         loops = [_loop(item, options) for item in scheduled]
-        rewritten = rewrite(analysis.gm, lowered, lifted, scheduled)
+        groups = grouped(lowered, scheduled, options)
+        rewritten = rewrite(analysis.gm, lowered, lifted, groups)
         check_order(analysis.gm.graph, lowered)
         if analysis.gm is not gm:
             stages.append(("twins", _readable(analysis.gm)))
@@ -299,9 +302,13 @@ def _schedule(
             head = _first_head(lowered, region)
             refusal = Refusal("not-fusable", op_name(head), decided.why, source_line(head))
             return [], dict.fromkeys(region.heads, refusal)
-        used = known if decided.strategy == "fused" and isinstance(known, Cotangents) else None
-        key = _key(_spec(region, decided, options), decided, region)
-        scheduled.append(Scheduled(region, decided, used, key))
+        scheduled.append(_scheduled(region, decided, known, options))
+    several = kept_more_than_once(scheduled) if options.strategy == "auto" else frozenset()
+    for i, item in enumerate(scheduled):
+        if item.region.name in several:
+            why = "several losses of this weight; each would keep a gradient of the weight's size"
+            decided = plan(item.region, why, options, wanted=True)
+            scheduled[i] = _scheduled(item.region, decided, why, options)
     return scheduled, {}
 
 
@@ -320,6 +327,13 @@ def _refuse_dynamic_features(lowered: Lowered, region: Region) -> Refusal | None
             head = _first_head(lowered, region)
             return Refusal("dynamic-features", op_name(head), detail, source_line(head))
     return None
+
+
+def _scheduled(
+    region: Region, decided: Plan, known: Cotangents | str, options: Options
+) -> Scheduled:
+    used = known if decided.strategy == "fused" and isinstance(known, Cotangents) else None
+    return Scheduled(region, decided, used, _key(_spec(region, decided, options), decided, region))
 
 
 def _spec(region: Region, decided: Plan, options: Options) -> BodySpec:

@@ -2,7 +2,7 @@
 
     1. Everything outside the cone is copied as it was.
     2. Outer nodes of the lowered graph follow, where something needs them.
-    3. Per region: its inputs are prepared (rows selected, expanded, flattened), then
+    3. Per group of regions: their inputs are prepared (rows selected, expanded, flattened), then
          fused      cotangents, the op on detached inputs, and ``attach`` on the loss;
          recompute  the differentiable op;
          forward    the same on detached inputs.
@@ -25,24 +25,21 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from autochunk.find import fake, op_name, source_line
 from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
-from autochunk.memory import Memory, is_alias, storages, written_arguments
-from autochunk.sink import ancestors
+from autochunk.memory import is_alias, written_arguments
+from autochunk.runtime import gradient_positions
 from autochunk.tail import logical_order, output_index
 from autochunk.types import (
     Cotangents,
     Lifted,
     Lowered,
     Plan,
-    Refusal,
     Region,
     RowInput,
     RowOp,
     RowValue,
 )
 from autochunk.walk import is_size, row_input_features
-from autochunk.writes import name_of
 
 aten = torch.ops.aten
 
@@ -55,6 +52,23 @@ class Scheduled:
     plan: Plan
     cotangents: Cotangents | None
     key: str
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Regions that one op computes, so that a weight they share has one gradient.
+
+    Attributes:
+        items: One, or several of one strategy (and, if fused, of one loss).
+        shared: For each of them its shared inputs; equal ones are one node.
+        key: Finds it at run time.
+        kept: Whether a fused group's gradients are kept outside of the graph (``keeping.py``).
+    """
+
+    items: tuple[Scheduled, ...]
+    shared: tuple[tuple[fx.Node, ...], ...]
+    key: str
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -103,61 +117,14 @@ class Rewritten:
 
 
 def rewrite(
-    gm: fx.GraphModule, lowered: Lowered, lifted: Lifted, scheduled: Sequence[Scheduled]
+    gm: fx.GraphModule, lowered: Lowered, lifted: Lifted, groups: Sequence[Grouped]
 ) -> Rewritten:
     """Writes the new graph; ``gm`` is not modified."""
-    return _Writer(gm, lowered, lifted, scheduled).write()
+    return _Writer(gm, lowered, lifted, groups).write()
 
 
-class ReorderedError(RuntimeError):
-    """A rewrite that would move a reader of a tensor past a writer of it: a fault of ours."""
-
-
-def check_order(graph: fx.Graph, lowered: Lowered) -> None:
-    """Checks that calls which share memory keep their order, whatever decided on the cone.
-
-    Raises:
-        ReorderedError: where one would not, or where a write would get lost.
-    """
-    memory = Memory.of(graph)
-    crossed = memory.reordered(graph, lowered.inside)
-    if crossed is not None:
-        first, second = crossed
-        raise ReorderedError(
-            f"{op_name(first)} ({source_line(first)}) would run after {op_name(second)} "
-            f"({source_line(second)}), and one of them writes to memory that the other one uses"
-        )
-    kept = frozenset().union(*(storages(fake(node)) for node in lowered.writes))
-    for node in lowered.inside:
-        for storage in memory.access(node).writes - kept:
-            if memory.is_input(storage):
-                raise ReorderedError(f"what {op_name(node)} writes would be lost")
-
-
-def refuse_deferral(graph: fx.Graph, lowered: Lowered, lifted: Lifted) -> dict[str, Refusal]:
-    """Heads whose logits are returned although the graph writes to what they are made of.
-
-    Deferred logits are computed after the call, when those tensors have other values.
-    """
-    if not lowered.writes or not lifted.deferred:
-        return {}
-    written = frozenset().union(*(storages(fake(node)) for node in lowered.writes))
-    memory = Memory.of(graph)
-    placeholders = [n for n in lowered.graph.graph.nodes if n.op == "placeholder"]
-    dynamo = dict(zip(placeholders, lowered.inputs, strict=True))
-    found: dict[str, Refusal] = {}
-    for wide in lifted.deferred:
-        behind = ancestors([wide])
-        for node in behind & dynamo.keys():
-            for storage in storages(fake(dynamo[node])) & written:
-                detail = (
-                    f"the logits are returned, and the graph writes to {name_of(memory, storage)}, "
-                    "which they are computed from"
-                )
-                refusal = Refusal("mutation", op_name(wide), detail, source_line(wide))
-                heads = (lowered.heads[n].name for n in behind if n in lowered.heads)
-                found.update(dict.fromkeys(heads, refusal))
-    return found
+#: An op to be applied to a loss, with its other arguments.
+_Attachment = tuple[Any, tuple[Any, ...]]
 
 
 class _Writer:
@@ -166,12 +133,12 @@ class _Writer:
         gm: fx.GraphModule,
         lowered: Lowered,
         lifted: Lifted,
-        scheduled: Sequence[Scheduled],
+        groups: Sequence[Grouped],
     ) -> None:
         self.gm = gm
         self.lowered = lowered
         self.lifted = lifted
-        self.scheduled = scheduled
+        self.groups = groups
         self.new = fx.Graph()
         self.from_dynamo: dict[fx.Node, fx.Node] = {}
         self.outer: dict[fx.Node, fx.Node] = {}  # lowered node → new node
@@ -191,12 +158,12 @@ class _Writer:
         for node, source in zip(placeholders, self.lowered.inputs, strict=True):
             self.outer[node] = self.from_dynamo[source]
         exits = self._disable_autocast()
-        losses: dict[fx.Node, list[tuple[list[fx.Node], list[fx.Node]]]] = {}
-        for item in self.scheduled:
-            attachment = self._region(item)
-            if attachment is not None:
-                assert item.cotangents is not None
-                losses.setdefault(item.cotangents.loss, []).append(attachment)
+        losses: dict[fx.Node, list[_Attachment]] = {}
+        for group in self.groups:
+            attachment = self._group(group)
+            known = group.items[0].cotangents
+            if attachment is not None and known is not None:
+                losses.setdefault(known.loss, []).append(attachment)
         self._tail(losses)
         deferrals, extra = self._deferrals(output)
         for node in reversed(exits):
@@ -232,37 +199,56 @@ class _Writer:
             for device in sorted(devices)
         ]
 
-    def _region(self, item: Scheduled) -> tuple[list[fx.Node], list[fx.Node]] | None:
-        """Writes one region; returns the inputs and their gradients if a loss must carry them."""
-        region, plan = item.region, item.plan
-        self.trace = self._trace_of(region)
-        rows = [self._row_input(spec, region) for spec in region.row_inputs]
-        shared = [self._get(node) for node in region.shared_inputs]
-        if plan.strategy == "recompute":
-            results = self._emit(torch.ops.autochunk.forward.default, rows, shared, item.key)
-            self._take_outputs(region, results)
+    def _group(self, group: Grouped) -> _Attachment | None:
+        """Writes a group of regions; returns what must be done to a loss that carries gradients."""
+        ops = torch.ops.autochunk
+        self.trace = self._trace_of(group.items[0].region)
+        rows = [
+            self._row_input(spec, item.region)
+            for item in group.items
+            for spec in item.region.row_inputs
+        ]
+        shared = [self._get(node) for nodes in group.shared for node in nodes]
+        strategy = group.items[0].plan.strategy
+        if strategy == "recompute":
+            results = self._emit(ops.forward.default, rows, shared, group.key)
+            self._take_outputs(group, results)
             return None
         detached = [[self._detach(n) for n in nodes] for nodes in (rows, shared)]
-        if plan.strategy == "forward":
-            results = self._emit(torch.ops.autochunk.forward.default, *detached, item.key)
-            self._take_outputs(region, results)
+        if strategy == "forward":
+            results = self._emit(ops.forward.default, *detached, group.key)
+            self._take_outputs(group, results)
             return None
-        assert item.cotangents is not None
+        weights = [
+            node
+            for item in group.items
+            if item.cotangents is not None
+            for node in self._cotangents(item.cotangents)
+        ]
         # Numbers to the loop: what they depend on gets its gradient from the tail.
-        weights = [self._detach(n) for n in self._cotangents(item.cotangents)]
-        results = self._emit(torch.ops.autochunk.fused.default, *detached, weights, item.key)
-        self._take_outputs(region, results)
-        wanted = [rows[i] for i in region.row_grads] + [shared[i] for i in region.shared_grads]
-        first = len(region.outputs)
-        gradients = [self._item(results, first + i) for i in range(len(wanted))]
-        return wanted, gradients
+        weights = [self._detach(node) for node in weights]
+        op = ops.fused_kept.default if group.kept else ops.fused.default
+        results = self._emit(op, *detached, weights, group.key)
+        n_outputs = self._take_outputs(group, results)
+        if group.kept:
+            ticket = self._item(results, n_outputs)
+            return ops.attach_kept.default, (rows, shared, weights, ticket, group.key)
+        row_grads, shared_grads = gradient_positions(group.key)
+        wanted = [*(rows[i] for i in row_grads), *(shared[i] for i in shared_grads)]
+        gradients = [self._item(results, n_outputs + i) for i in range(len(wanted))]
+        return ops.attach.default, (wanted, gradients)
 
-    def _take_outputs(self, region: Region, results: fx.Node) -> None:
-        for i, value in enumerate(region.outputs):
-            out = self._item(results, i)
-            self.stored[region.name, i] = out if value.needs_grad else self._detach(out)
+    def _take_outputs(self, group: Grouped, results: fx.Node) -> int:
+        """Notes the outputs of a group's regions; returns their number."""
+        n = 0
+        for item in group.items:
+            for i, value in enumerate(item.region.outputs):
+                out = self._item(results, n)
+                self.stored[item.region.name, i] = out if value.needs_grad else self._detach(out)
+                n += 1
+        return n
 
-    def _tail(self, losses: Mapping[fx.Node, list[tuple[list[fx.Node], list[fx.Node]]]]) -> None:
+    def _tail(self, losses: Mapping[fx.Node, list[_Attachment]]) -> None:
         for node in self.lifted.tail:
             self.trace = node.meta.get("stack_trace")
             split = self.lifted.splits.get(node)
@@ -277,8 +263,8 @@ class _Writer:
                 made = self._emit(
                     node.target, *fx.map_arg(args, self._get), **fx.map_arg(kwargs, self._get)
                 )
-            for inputs, gradients in losses.get(node, []):
-                made = self._emit(torch.ops.autochunk.attach.default, made, inputs, gradients)
+            for attach, args in losses.get(node, []):
+                made = self._emit(attach, made, *args)
             self.outer[node] = made
             self._remember_sizes(made, node.meta.get("val"))
 
@@ -391,7 +377,7 @@ class _Writer:
         """A region's output in the user's shape."""
         if node is not None and node in self.logical:
             return self.logical[node]
-        for item in self.scheduled:
+        for item in (item for group in self.groups for item in group.items):
             index = output_index(value, item.region)
             if index is not None:
                 out = self.stored[item.region.name, index]

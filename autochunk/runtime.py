@@ -1,20 +1,26 @@
 """Runtime: the ops in the rewritten graph, and the chunk loop behind them.
 
-    fused(rows, shared, cotangents)   values and gradients in one pass; not differentiable
-    forward(rows, shared)             values; its backward is ``backward``
-    backward(rows, shared, cotangents) gradients, recomputing each chunk
-    attach(loss, inputs, gradients)   the loss unchanged; in backward, gradients × upstream
+    forward(rows, shared)                   values; its backward is ``backward``
+    backward(rows, shared, cotangents)      gradients, recomputing each chunk
+    fused(rows, shared, cotangents)         values and gradients in one pass; not differentiable
+    attach(loss, inputs, gradients)         the loss unchanged; in backward, gradients × upstream
+    fused_kept(rows, shared, cotangents)    as ``fused``; keeps the gradients (``keeping.py``) and
+                                            returns a ticket for them
+    attach_kept(loss, …, ticket)            as ``attach``; its backward is ``settle``
+    settle(upstream, ticket, …)             the kept gradients × upstream, or computed again
 
-The ops are opaque to AOTAutograd and Inductor; a string argument finds their region in
-``REGIONS``. It is a hash of everything that changes the result, since the compiler's caches know
-the op by its arguments alone. A fresh process fills the registry before a cached graph runs,
-because it runs the backend first.
+The ops are opaque to AOTAutograd and Inductor; a string argument names their regions in
+``REGIONS`` (``group_key``). A name is a hash of everything that changes the result, since the
+compiler's caches know the op by its arguments alone. A fresh process fills the registry before a
+cached graph runs, because it runs the backend first.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -29,6 +35,7 @@ from autochunk.body import (
     Kernel,
     TensorSpec,
 )
+from autochunk.keeping import open_ticket, take
 from autochunk.plan import accumulate_dtype
 from autochunk.types import IndexCheck
 
@@ -63,13 +70,147 @@ _TILE_SIZE, _TILE_SIZE_CUDA = 2**21, 2**25
 REGIONS: dict[str, Loop] = {}
 
 
+@dataclass(frozen=True)
+class Group:
+    """Regions that one op runs, one after the other.
+
+    Attributes:
+        loops: Of the regions.
+        places: For each loop, for each of its shared gradients, the sum that it is added to:
+            regions of one weight have one gradient of it.
+        inputs: Whether the weights are inputs of the graph, and thus the same memory in each call.
+    """
+
+    loops: tuple[Loop, ...]
+    places: tuple[tuple[int, ...], ...]
+    inputs: bool = False
+
+    @property
+    def n_outputs(self) -> int:
+        return sum(len(loop.spec.outputs) for loop in self.loops)
+
+    @property
+    def sums(self) -> list[tuple[int, int]]:
+        """For each sum the first gradient in it: the loop, and the position in ``shared``."""
+        first: dict[int, tuple[int, int]] = {}
+        for n, (loop, places) in enumerate(zip(self.loops, self.places, strict=True)):
+            for place, i in zip(places, loop.spec.shared_grads, strict=True):
+                first.setdefault(place, (n, i))
+        return [first[place] for place in range(len(first))]
+
+    def gradient_positions(self) -> tuple[list[int], list[int]]:
+        """Positions among ``rows`` and ``shared`` of the inputs that the gradients are of."""
+        rows = [
+            begin + i
+            for begin, loop in zip(self._begins("rows"), self.loops, strict=True)
+            for i in loop.spec.row_grads
+        ]
+        begins = self._begins("shared")
+        return rows, [begins[n] + i for n, i in self.sums]
+
+    def split(
+        self, rows: Sequence[Any], shared: Sequence[Any], cotangents: Sequence[Any]
+    ) -> list[tuple[Sequence[Any], Sequence[Any], Sequence[Any]]]:
+        """The arguments of each loop."""
+        parts = []
+        for n, loop in enumerate(self.loops):
+            spec = loop.spec
+            r, s, c = (self._begins(name)[n] for name in ("rows", "shared", "grad_outputs"))
+            parts.append(
+                (
+                    rows[r : r + len(spec.rows)],
+                    shared[s : s + len(spec.shared)],
+                    cotangents[c : c + len(spec.grad_outputs)],
+                )
+            )
+        return parts
+
+    def _begins(self, name: str) -> list[int]:
+        counts = [len(getattr(loop.spec, name)) for loop in self.loops]
+        return list(itertools.accumulate(counts[:-1], initial=0))
+
+
+def group_key(members: Sequence[tuple[str, Sequence[int]]], inputs: bool) -> str:
+    """The string that finds a group: names of its regions, with their ``places``."""
+    parts = [f"{key}:{','.join(map(str, places))}" for key, places in members]
+    return ";".join([*parts, "inputs"] if inputs else parts)
+
+
+def _group(key: str) -> Group:
+    *parts, last = key.split(";")
+    inputs = last == "inputs"
+    loops, places = [], []
+    for part in parts if inputs else (*parts, last):
+        name, _, numbers = part.partition(":")
+        loop = REGIONS.get(name)
+        if loop is None:
+            raise RuntimeError(
+                f"autochunk: region {name} is not registered in this process; the compiled "
+                "function it belongs to was not compiled here or no longer exists"
+            )
+        loops.append(loop)
+        places.append(tuple(int(n) for n in numbers.split(",") if n))
+    return Group(tuple(loops), tuple(places), inputs)
+
+
+def gradient_positions(key: str) -> tuple[list[int], list[int]]:
+    """Positions among a group's rows and shared inputs of those that its gradients are of."""
+    return _group(key).gradient_positions()
+
+
+def alone(loop: Loop) -> Group:
+    """A group of one region."""
+    return Group((loop,), (tuple(range(len(loop.spec.shared_grads))),))
+
+
+def run_group(
+    group: Group,
+    kernel: str,
+    rows: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    gradients: bool = True,
+) -> list[Tensor]:
+    """Runs each region of a group.
+
+    Args:
+        kernel: Which kernel of the loops, an attribute of :class:`Loop`.
+        rows, shared, cotangents: Of the regions, one after the other; see :func:`run_loop`.
+        gradients: Whether to make the gradients that the kernel has.
+
+    Returns:
+        The outputs (if the kernel has them), then row gradients, then shared gradients.
+    """
+    kernels: list[Kernel] = [getattr(loop, kernel) for loop in group.loops]
+    parts = group.split(rows, shared, cotangents)
+    terms = [0] * len(group.sums)
+    for loop, run, part, places in zip(group.loops, kernels, parts, group.places, strict=True):
+        _, starts = _chunks(part[0][0].shape[0], loop.spec.chunk_rows, run.symbolic)
+        for gradient, place in zip(run.shared_grads, places, strict=False):
+            terms[place] += len(starts) * len(gradient)
+    sums = [
+        _Sum(group.loops[n].spec.shared[i], count, group.loops[n].accumulate)
+        for (n, i), count in zip(group.sums, terms, strict=True)
+        if gradients and kernels[n].shared_grads
+    ]
+    outputs: list[Tensor] = []
+    row_grads: list[Tensor] = []
+    for loop, run, part, places in zip(group.loops, kernels, parts, group.places, strict=True):
+        found = run_loop(loop, run, *part, [sums[i] for i in places] if sums else [], gradients)
+        outputs += found[0]
+        row_grads += found[1]
+    return [*outputs, *row_grads, *(s.finish() for s in sums)]
+
+
 def run_loop(
     loop: Loop,
     kernel: Kernel,
     rows: Sequence[Tensor],
     shared: Sequence[Tensor],
     cotangents: Sequence[Tensor],
-) -> list[Tensor]:
+    sums: Sequence[_Sum],
+    gradients: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
     """Runs a kernel chunk by chunk.
 
     Chunks are near-equal and all of one size: the last one begins early enough to be whole, and
@@ -79,9 +220,11 @@ def run_loop(
         rows: ``[R, *features]`` each.
         shared: Passed whole to each chunk.
         cotangents: ``[R, *features]`` for each differentiable output.
+        sums: Of the shared gradients, where the kernel has them and they are wanted.
+        gradients: Whether row gradients are wanted.
 
     Returns:
-        The outputs (if the kernel has them), then row gradients, then shared gradients.
+        The outputs (if the kernel has them) and the row gradients.
     """
     spec = loop.spec
     total = rows[0].shape[0]
@@ -91,11 +234,8 @@ def run_loop(
     shared = [_as_expected(t, s) for t, s in zip(shared, spec.shared, strict=True)]
     size, starts = _chunks(total, spec.chunk_rows, kernel.symbolic)
     outputs = [_empty(total, s) for s in spec.outputs[: kernel.values]]
-    row_grads = [_empty(total, spec.rows[i]) for i in spec.row_grads if kernel.row_grads]
-    sums = [
-        _Sum(grad, spec.shared[i], len(starts), loop.accumulate)
-        for grad, i in zip(kernel.shared_grads, spec.shared_grads, strict=False)
-    ]
+    wanted = kernel.row_grads if gradients else ()
+    row_grads = [_empty(total, spec.rows[i]) for i in spec.row_grads if wanted]
     buffers = [
         _buffer(size, head, spec.device, kernel.transposed) for head in kernel.heads if total
     ]
@@ -115,14 +255,13 @@ def run_loop(
         at_hand = {"input": inputs, "buffer": buffers, "result": results}
         for out, result in zip(outputs, results, strict=False):
             out[done:end].copy_(result[fresh])
-        for out, gradient in zip(row_grads, kernel.row_grads, strict=True):
+        for out, gradient in zip(row_grads, wanted, strict=True):
             _write_rows(out[done:end], gradient, at_hand, fresh, size)
-        for shared_sum in sums:
-            shared_sum.add(at_hand)
+        for shared_sum, gradient in zip(sums, kernel.shared_grads, strict=False):
+            shared_sum.add(gradient, at_hand)
         del results, at_hand
         done = end
-    buffers.clear()  # before sums in a wider dtype are converted
-    return [*outputs, *row_grads, *(s.finish() for s in sums)]
+    return outputs, row_grads
 
 
 def _buffer(size: int, head: Head, device: torch.device, transposed: bool) -> Tensor:
@@ -171,19 +310,16 @@ def _write_rows(
 
 
 class _Sum:
-    """A shared gradient, summed over chunks in place."""
+    """A shared gradient, summed over chunks (and regions) in place."""
 
-    def __init__(
-        self, gradient: Gradient, like: TensorSpec, chunks: int, requested: torch.dtype | None
-    ) -> None:
-        self.gradient = gradient
+    def __init__(self, like: TensorSpec, terms: int, requested: torch.dtype | None) -> None:
         self.like = like
-        self.dtype = accumulate_dtype(like.dtype, chunks * len(gradient), requested)
+        self.dtype = accumulate_dtype(like.dtype, terms, requested)
         self.out: Tensor | None = None
         self.product: Tensor | None = None  # of a tile
 
-    def add(self, at_hand: Mapping[str, Sequence[Tensor]]) -> None:
-        for term in self.gradient:
+    def add(self, gradient: Gradient, at_hand: Mapping[str, Sequence[Tensor]]) -> None:
+        for term in gradient:
             factors = [_take(f, at_hand) for f in term]
             first = self.out is None
             if self.out is None:
@@ -288,16 +424,6 @@ def check_indices(loop: Loop, rows: Sequence[Tensor], shared: Sequence[Tensor]) 
 # ---- the ops ---------------------------------------------------------------------------------
 
 
-def _region(key: str) -> Loop:
-    loop = REGIONS.get(key)
-    if loop is None:
-        raise RuntimeError(
-            f"autochunk: region {key} is not registered in this process; the compiled function "
-            "it belongs to was not compiled here or no longer exists"
-        )
-    return loop
-
-
 @torch.library.custom_op(
     "autochunk::fused",
     mutates_args=(),
@@ -306,10 +432,8 @@ def _region(key: str) -> Loop:
 def fused(
     rows: list[Tensor], shared: list[Tensor], cotangents: list[Tensor], key: str
 ) -> list[Tensor]:
-    """Outputs, row gradients and shared gradients of a region, in one pass."""
-    loop = _region(key)
-    assert loop.full_kernel is not None
-    return run_loop(loop, loop.full_kernel, rows, shared, cotangents)
+    """Outputs, row gradients and shared gradients of regions, in one pass."""
+    return run_group(_group(key), "full_kernel", rows, shared, cotangents)
 
 
 @torch.library.custom_op(
@@ -318,10 +442,8 @@ def fused(
     schema="(Tensor[] rows, Tensor[] shared, str key) -> Tensor[]",
 )
 def forward(rows: list[Tensor], shared: list[Tensor], key: str) -> list[Tensor]:
-    """Outputs of a region."""
-    loop = _region(key)
-    assert loop.value_kernel is not None
-    return run_loop(loop, loop.value_kernel, rows, shared, ())
+    """Outputs of regions."""
+    return run_group(_group(key), "value_kernel", rows, shared, (), gradients=False)
 
 
 @torch.library.custom_op(
@@ -332,10 +454,8 @@ def forward(rows: list[Tensor], shared: list[Tensor], key: str) -> list[Tensor]:
 def backward(
     rows: list[Tensor], shared: list[Tensor], cotangents: list[Tensor], key: str
 ) -> list[Tensor]:
-    """Row gradients and shared gradients of a region, each chunk recomputed."""
-    loop = _region(key)
-    assert loop.grad_kernel is not None
-    return run_loop(loop, loop.grad_kernel, rows, shared, cotangents)
+    """Row gradients and shared gradients of regions, each chunk recomputed."""
+    return run_group(_group(key), "grad_kernel", rows, shared, cotangents)
 
 
 @torch.library.custom_op(
@@ -348,40 +468,167 @@ def attach(loss: Tensor, inputs: list[Tensor], gradients: list[Tensor]) -> Tenso
     return loss.clone()
 
 
-def _fake_outputs(loop: Loop, total: Any) -> list[Tensor]:
+@torch.library.custom_op(
+    "autochunk::fused_kept",
+    mutates_args=(),
+    schema="(Tensor[] rows, Tensor[] shared, Tensor[] cotangents, str key) -> Tensor[]",
+)
+def fused_kept(
+    rows: list[Tensor], shared: list[Tensor], cotangents: list[Tensor], key: str
+) -> list[Tensor]:
+    """Outputs of regions, and a ticket for their gradients."""
+    group = _group(key)
+    ticket = open_ticket(
+        key,
+        memory={shared[i].untyped_storage().data_ptr() for i in group.gradient_positions()[1]}
+        if group.inputs
+        else {key},
+        is_larger=_gradient_bytes(group, rows) > _logits_bytes(group, rows),
+    )
+    found = run_group(group, "full_kernel", rows, shared, cotangents, gradients=ticket.early)
+    ticket.gradients = found[group.n_outputs :] if ticket.early else None
+    return [*found[: group.n_outputs], ticket.as_tensor()]
+
+
+@torch.library.custom_op(
+    "autochunk::attach_kept",
+    mutates_args=(),
+    schema="(Tensor loss, Tensor[] rows, Tensor[] shared, Tensor[] cotangents, Tensor ticket, "
+    "str key) -> Tensor",
+)
+def attach_kept(
+    loss: Tensor,
+    rows: list[Tensor],
+    shared: list[Tensor],
+    cotangents: list[Tensor],
+    ticket: Tensor,
+    key: str,
+) -> Tensor:
+    """``loss``, with the gradients that ``ticket`` stands for."""
+    return loss.clone()
+
+
+@torch.library.custom_op(
+    "autochunk::settle",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor[] rows, Tensor[] shared, Tensor[] cotangents, "
+    "Tensor ticket, str key) -> Tensor[]",
+)
+def settle(
+    upstream: Tensor,
+    rows: list[Tensor],
+    shared: list[Tensor],
+    cotangents: list[Tensor],
+    ticket: Tensor,
+    key: str,
+) -> list[Tensor]:
+    """Row gradients and shared gradients of regions: those kept, or computed now."""
+    again = torch._C._autograd._get_current_graph_task_keep_graph()
+    kept = take(int(ticket), again)
+    if kept is not None:
+        return [_scaled(gradient, upstream, in_place=not again) for gradient in kept]
+    group = _group(key)
+    weights = [_scaled(c, upstream, in_place=False) for c in cotangents]
+    return run_group(group, "full_kernel", rows, shared, weights)[group.n_outputs :]
+
+
+def _scaled(t: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
+    """``t`` × ``upstream``, multiplied in float32 at least and rounded once."""
+    out = t if in_place else t.clone(memory_format=torch.preserve_format)
+    if upstream.device.type == "cpu" and upstream.item() == 1:
+        return out
+    factor = upstream.reshape(()).to(torch.promote_types(t.dtype, torch.float32))
+    if factor.dtype == t.dtype:
+        return out.mul_(factor)
+    flat = out.view(-1) if out.is_contiguous() else out
+    for tile in flat.split(_TILE_SIZE_CUDA if out.is_cuda else _TILE_SIZE):
+        tile.copy_(tile.to(factor.dtype) * factor)
+    return out
+
+
+def _gradient_bytes(group: Group, rows: Sequence[Tensor]) -> int:
+    positions, _ = group.gradient_positions()
+    weights = [group.loops[n].spec.shared[i] for n, i in group.sums]
+    return sum(rows[i].nbytes for i in positions) + sum(
+        prod(spec.sizes) * spec.dtype.itemsize for spec in weights
+    )
+
+
+def _logits_bytes(group: Group, rows: Sequence[Tensor]) -> int:
+    """What an unchunked model would keep from forward to backward, at least."""
+    parts = group.split(rows, (), ())
+    return sum(
+        part[0][0].shape[0] * head.features * head.dtype.itemsize
+        for loop, part in zip(group.loops, parts, strict=True)
+        if loop.full_kernel is not None
+        for head in loop.full_kernel.heads
+    )
+
+
+def _fake_outputs(group: Group, rows: list[Tensor]) -> list[Tensor]:
     return [
-        torch.empty((total, *s.sizes), dtype=s.dtype, device=s.device) for s in loop.spec.outputs
+        torch.empty((part[0][0].shape[0], *s.sizes), dtype=s.dtype, device=s.device)
+        for loop, part in zip(group.loops, group.split(rows, (), ()), strict=True)
+        for s in loop.spec.outputs
     ]
 
 
-def _fake_gradients(loop: Loop, rows: list[Tensor]) -> list[Tensor]:
-    spec = loop.spec
+def _fake_gradients(group: Group, rows: list[Tensor]) -> list[Tensor]:
+    positions, _ = group.gradient_positions()
+    weights = [group.loops[n].spec.shared[i] for n, i in group.sums]
     return [
         *(
             torch.empty(rows[i].shape, dtype=rows[i].dtype, device=rows[i].device)
-            for i in spec.row_grads
+            for i in positions
         ),
-        *(
-            torch.empty(spec.shared[i].sizes, dtype=spec.shared[i].dtype, device=spec.device)
-            for i in spec.shared_grads
-        ),
+        *(torch.empty(s.sizes, dtype=s.dtype, device=group.loops[0].spec.device) for s in weights),
     ]
 
 
 @fused.register_fake
 def _(rows: list[Tensor], shared: list[Tensor], cotangents: list[Tensor], key: str) -> list[Tensor]:
-    loop = _region(key)
-    return [*_fake_outputs(loop, rows[0].shape[0]), *_fake_gradients(loop, rows)]
+    group = _group(key)
+    return [*_fake_outputs(group, rows), *_fake_gradients(group, rows)]
 
 
 @forward.register_fake
 def _(rows: list[Tensor], shared: list[Tensor], key: str) -> list[Tensor]:
-    return _fake_outputs(_region(key), rows[0].shape[0])
+    return _fake_outputs(_group(key), rows)
 
 
 @backward.register_fake
 def _(rows: list[Tensor], shared: list[Tensor], cotangents: list[Tensor], key: str) -> list[Tensor]:
-    return _fake_gradients(_region(key), rows)
+    return _fake_gradients(_group(key), rows)
+
+
+@fused_kept.register_fake
+def _(rows: list[Tensor], shared: list[Tensor], cotangents: list[Tensor], key: str) -> list[Tensor]:
+    ticket = torch.empty((1,), dtype=torch.int64, device="cpu")
+    return [*_fake_outputs(_group(key), rows), ticket]
+
+
+@settle.register_fake
+def _(
+    upstream: Tensor,
+    rows: list[Tensor],
+    shared: list[Tensor],
+    cotangents: list[Tensor],
+    ticket: Tensor,
+    key: str,
+) -> list[Tensor]:
+    return _fake_gradients(_group(key), rows)
+
+
+@attach_kept.register_fake
+def _(
+    loss: Tensor,
+    rows: list[Tensor],
+    shared: list[Tensor],
+    cotangents: list[Tensor],
+    ticket: Tensor,
+    key: str,
+) -> Tensor:
+    return torch.empty_like(loss)
 
 
 @attach.register_fake
@@ -397,23 +644,33 @@ def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _forward_backward(ctx: Any, grads: list[Tensor | None]) -> Any:
-    loop = _region(ctx.key)
-    spec = loop.spec
+    group = _group(ctx.key)
     rows, shared = ctx.saved_tensors[: ctx.n_rows], ctx.saved_tensors[ctx.n_rows :]
     cotangents = []
-    for i in spec.grad_outputs:
-        shape, dtype, device = ctx.meta[i]
-        grad = grads[i]
-        cotangents.append(torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad)
+    begin = 0
+    for loop in group.loops:
+        for i in loop.spec.grad_outputs:
+            shape, dtype, device = ctx.meta[begin + i]
+            grad = grads[begin + i]
+            zeros = grad is None
+            cotangents.append(torch.zeros(shape, dtype=dtype, device=device) if zeros else grad)
+        begin += len(loop.spec.outputs)
     found = backward(list(rows), list(shared), cotangents, ctx.key)
-    row_grads: list[Tensor | None] = [None] * len(rows)
-    shared_grads: list[Tensor | None] = [None] * len(shared)
-    n = len(spec.row_grads)
-    for i, grad in zip(spec.row_grads, found[:n], strict=True):
+    return *_by_input(group, found, len(rows), len(shared)), None
+
+
+def _by_input(
+    group: Group, found: Sequence[Tensor], n_rows: int, n_shared: int
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients as autograd wants them: one for each input, or None."""
+    row_grads: list[Tensor | None] = [None] * n_rows
+    shared_grads: list[Tensor | None] = [None] * n_shared
+    rows, shared = group.gradient_positions()
+    for i, grad in zip(rows, found[: len(rows)], strict=True):
         row_grads[i] = grad
-    for i, grad in zip(spec.shared_grads, found[n:], strict=True):
+    for i, grad in zip(shared, found[len(rows) :], strict=True):
         shared_grads[i] = grad
-    return row_grads, shared_grads, None
+    return row_grads, shared_grads
 
 
 def _attach_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -423,11 +680,7 @@ def _attach_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _attach_backward(ctx: Any, grad: Tensor) -> Any:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "autochunk: double backward is not supported: the gradients of a chunked head are "
-            "computed in its forward pass, and how they depend on its inputs is not recorded"
-        )
+    _refuse_double_backward()
     upstream = grad.reshape(())
     scaled = [
         g * upstream.to(torch.promote_types(g.dtype, torch.float32)) for g in ctx.saved_tensors
@@ -436,5 +689,30 @@ def _attach_backward(ctx: Any, grad: Tensor) -> Any:
     return grad, scaled, [None] * ctx.n
 
 
+def _attach_kept_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, rows, shared, cotangents, ticket, key = inputs
+    ctx.save_for_backward(*rows, *shared, *cotangents, ticket)
+    ctx.counts, ctx.key = (len(rows), len(shared), len(cotangents)), key
+
+
+def _attach_kept_backward(ctx: Any, grad: Tensor) -> Any:
+    _refuse_double_backward()
+    n_rows, n_shared, n_cotangents = ctx.counts
+    *saved, ticket = ctx.saved_tensors
+    rows, shared = saved[:n_rows], saved[n_rows : n_rows + n_shared]
+    found = settle(grad, rows, shared, saved[n_rows + n_shared :], ticket, ctx.key)
+    gradients = _by_input(_group(ctx.key), found, n_rows, n_shared)
+    return grad, *gradients, [None] * n_cotangents, None, None
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "autochunk: double backward is not supported: the gradients of a chunked head are "
+            "computed in its forward pass, and how they depend on its inputs is not recorded"
+        )
+
+
 forward.register_autograd(_forward_backward, setup_context=_forward_context)
 attach.register_autograd(_attach_backward, setup_context=_attach_context)
+attach_kept.register_autograd(_attach_kept_backward, setup_context=_attach_kept_context)

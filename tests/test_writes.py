@@ -16,8 +16,8 @@ from torch import nn
 
 import autochunk.backend
 from autochunk.memory import Memory
+from autochunk.order import ReorderedError
 from autochunk.report import collect
-from autochunk.rewrite import ReorderedError
 from autochunk.writes import tensor_name
 
 N, H, V = 24, 8, 64
