@@ -45,7 +45,10 @@ REFUSAL_CODES: Mapping[str, str] = {
     "two-pass": "An op on the logits, or the head itself, needs a number that is computed from "
     "all the logits of this head or of another.",
     "random": "The op draws random numbers; a chunk would draw others.",
-    "mutation": "A tensor that the head's computation reads is modified in place.",
+    "mutation": "The head's computation writes to a tensor, or shares it with a call that does, in "
+    "a way that has no functional form: unseen by autograd although the tensor has a gradient, "
+    "inside of an op (running statistics, a custom operator), to memory that two inputs share; or "
+    "the logits are written to a tensor that outlives the call.",
     "higher-order": "The head is inside a higher-order op (`torch.cond`, `while_loop`, "
     "`torch.utils.checkpoint`) or a `torch.func` transform, or its output enters one.",
     "custom-function": "The logits enter a custom autograd Function or a custom operator.",

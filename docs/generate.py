@@ -112,8 +112,8 @@ _STAGES = {
     "with the matrix products taken out: the loop fills `buffer0` with the chunk's logits, the "
     "kernel overwrites it with their gradient (`copy_`), and the loop multiplies that by the "
     "weight (into the hidden states' gradient) and by the hidden states (into the weight's).",
-    "rewritten": "## 6. Rewritten\n\nWhat Inductor compiles. `fused` is the loop; `attach` is the "
-    "loss with the gradients that the loop has computed.",
+    "rewritten": "## 6. Rewritten\n\nWhat Inductor compiles. `fused_kept` is the loop; its last "
+    "result is a ticket for the gradients. `attach_kept` is the loss with these gradients.",
 }
 
 
