@@ -43,8 +43,8 @@ from autochunk.gathers import (
     scatter_compared,
     simplify_masked_sums,
 )
+from autochunk.kernel_writes import check_writes, functionalised, same_memory
 from autochunk.layout import transpose_buffers
-from autochunk.writes import check_writes, functionalised, same_memory
 
 aten = torch.ops.aten
 

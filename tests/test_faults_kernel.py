@@ -14,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import autochunk
-from autochunk.writes import WriteError, check_writes, functionalised, writing_nodes
+from autochunk.kernel_writes import WriteError, check_writes, functionalised, writing_nodes
 
 aten = torch.ops.aten
 N, H, V = 24, 8, 64
