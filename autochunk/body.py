@@ -1,6 +1,7 @@
 """Body: a region's graph as a compiled kernel for one chunk of rows.
 
-    1. Trace value and vjp of the body through autograd, with the chunk's shape.
+    1. Trace value and vjp of the body through autograd, with the chunk's shape, and make the
+       trace functional (``writes``).
     2. Run Inductor's joint-graph passes, as AOTAutograd would, and those of ``gathers``.
     3. Peel the matrix products off, so that the loop does them in place:
          first    a product of two inputs (the head) fills the chunk's one logits buffer;
@@ -42,6 +43,7 @@ from autochunk.gathers import (
     scatter_compared,
     simplify_masked_sums,
 )
+from autochunk.kernel_writes import check_writes, functionalised, same_memory
 from autochunk.layout import transpose_buffers
 
 aten = torch.ops.aten
@@ -186,6 +188,7 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool, overwrite: bool =
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         buffers = placeholders[len(placeholders) - len(heads) :]
         transposed = transpose_buffers(gm, buffers, fake_mode)
+        check_writes(gm.graph, buffers)
         inputs = [p.meta["val"] for p in placeholders]
         graph = gm.print_readable(print_output=False)
         try:
@@ -237,11 +240,9 @@ def _trace(
     decompositions: Mapping[Any, Callable[..., Any]],
 ) -> fx.GraphModule:
     with fake_mode, enable_python_dispatcher(), torch.no_grad():
-        gm = make_fx(
-            function,
-            decomposition_table={**select_decomp_table(), **decompositions},
-            tracing_mode="real",
-        )(*inputs)
+        table = {**select_decomp_table(), **decompositions}
+        gm = make_fx(function, decomposition_table=table, tracing_mode="real")(*inputs)
+        gm = functionalised(gm, inputs, table)
     return joint_graph_passes(gm)
 
 
@@ -346,28 +347,35 @@ def _peel(
             if base not in kept:
                 kept.append(base)
             return Factor("result", kept.index(base), transposed)
-        return Factor("result", _kept_copy(gm, output, kept, free), transposed)
+        kept.append(_copied(gm, output, free))
+        return Factor("result", len(kept) - 1, transposed)
 
     gradients = tuple(
         tuple(tuple(factor(part) for part in term) for term in _terms(result))
         for result in results[n_values:]
     )
+    stale = same_memory(gm.graph, overwritten.values())
+
+    def safe(node: fx.Node) -> fx.Node:
+        return _copied(gm, output, node) if node in stale else node
+
+    kept = [safe(node) for node in kept]
+    pairs = [(buffer, safe(value)) for value, buffer in overwritten.items()]
     with gm.graph.inserting_before(output):
-        for value, buffer in overwritten.items():
-            gm.graph.call_function(aten.copy_.default, (buffer, value)).meta = dict(value.meta)
+        for pair in pairs:
+            gm.graph.call_function(aten.copy_.default, pair).meta = dict(pair[1].meta)
     output.args = (tuple(kept),)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return heads, gradients
 
 
-def _kept_copy(gm: fx.GraphModule, output: fx.Node, kept: list[fx.Node], buffer: fx.Node) -> int:
-    """The logits themselves are a factor: a copy of them leaves, as the buffer is overwritten."""
+def _copied(gm: fx.GraphModule, output: fx.Node, node: fx.Node) -> fx.Node:
+    """A copy of (a view of) a buffer, which leaves the kernel although that is overwritten."""
     with gm.graph.inserting_before(output):
-        copied = gm.graph.call_function(aten.clone.default, (buffer,))
-        copied.meta = dict(buffer.meta)
-    kept.append(copied)
-    return len(kept) - 1
+        copied = gm.graph.call_function(aten.clone.default, (node,))
+    copied.meta = {**node.meta, "val": node.meta["val"].clone()}
+    return copied
 
 
 def _peel_heads(

@@ -3,8 +3,8 @@
 The cone of a set of heads is every node that has to run after one of them: because it takes a
 value that depends on it, or through memory (``memory.py``). It is run once under ``make_fx``
 with the fake tensors Dynamo recorded, forward only. Loss functions that hide a reduction over
-rows inside (``nll_loss_forward`` and its like) are decomposed, so that everything ends in
-primitives and the boundary falls where the rows are really mixed.
+rows inside (``nll_loss_forward`` and its like) have it split off (``decompositions``), so that the
+boundary falls where the rows are really mixed.
 
 What must survive the lowering although autograd is off while it runs:
     autocast    the graph's own enter/exit calls are replayed; ambient autocast is simply on.
@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import fx
-from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from autochunk.decompositions import DECOMPOSITIONS, FUNCTIONS
 from autochunk.find import (
     fake,
     is_derivative,
@@ -45,30 +45,6 @@ from autochunk.types import Candidate, Lowered, Refusal
 from autochunk.writes import Inside, conflict_behind, describe, inside_of, refuse_writes
 
 aten = torch.ops.aten
-
-#: Losses that hide a reduction over rows, or several ops in one, become primitives.
-DECOMPOSITIONS = get_decompositions(
-    [
-        aten.nll_loss_forward,
-        aten.nll_loss2d_forward,
-        aten.mse_loss,
-        aten.smooth_l1_loss,
-        aten.huber_loss,
-        aten.binary_cross_entropy,
-        aten.binary_cross_entropy_with_logits,
-        aten.soft_margin_loss,
-        aten.multi_margin_loss,
-        aten.native_layer_norm,
-        aten.addcmul,
-        aten.addcdiv,
-        aten.xlogy,
-        aten.norm,
-        aten.log_sigmoid_forward,
-        aten.glu,
-        aten.special_xlog1py,
-        aten.eye,
-    ]
-)
 
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
@@ -215,7 +191,7 @@ def _lower(
         stack.enter_context(fx_traceback.preserve_node_meta())
         lowered = make_fx(
             torch.func.functionalize(run),
-            decomposition_table=DECOMPOSITIONS,
+            decomposition_table=dict(DECOMPOSITIONS),
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*fakes)
@@ -323,7 +299,7 @@ def _call(
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     if node.op == "call_function":
-        value = node.target(*args, **kwargs)
+        value = FUNCTIONS.get(node.target, node.target)(*args, **kwargs)
     elif node.op == "call_method":
         value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
     else:

@@ -336,14 +336,17 @@ class _Writer:
 
     def _write_back(self) -> None:
         """Writes what the cone wrote to inputs and buffers, in the end: nobody else reads it."""
+        set_grad = torch._C._set_grad_enabled
+        modes = [node.args[0] for node in self.gm.graph.nodes if node.target is set_grad]
+        enabled = modes[-1] if modes else torch.is_grad_enabled()
         for node, value in self.lowered.written.items():
             new = self._get(value)
             recorded = value in self.lowered.needs_grad
-            if not recorded:
-                self.new.call_function(torch._C._set_grad_enabled, (False,))
+            if recorded != enabled:
+                self.new.call_function(set_grad, (recorded,))
             self._emit(aten.copy_.default, self.from_dynamo[node], new)
-            if not recorded:
-                self.new.call_function(torch._C._set_grad_enabled, (True,))
+            if recorded != enabled:
+                self.new.call_function(set_grad, (enabled,))
 
     # ---- values
 

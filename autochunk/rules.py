@@ -10,6 +10,7 @@ Shape legend: R rows, F, K features, N logical row dimensions (there may be seve
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -19,6 +20,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from autochunk.decompositions import REDUCING_LOSSES
 from autochunk.find import hint, is_differentiable
 from autochunk.types import RowValue, Split
 
@@ -119,6 +121,29 @@ _register(
         aten._prelu_kernel.default,
     ],
 )(_pointwise)
+
+
+# A loss that reduces nothing has one term for each element of its operands.
+@_register("pointwise", REDUCING_LOSSES)
+def _loss(walk: Walk, node: fx.Node) -> RowValue:
+    if bind(node)["reduction"] != 0:
+        raise Boundary("mixes-rows", f"{node.target} reduces over rows")
+    return _pointwise(walk, node)
+
+
+# The output's second part is what the op keeps for its derivative: on a CPU one number for each
+# element, elsewhere nothing.
+@_register("pointwise", [aten.log_sigmoid_forward.default])
+def _log_sigmoid(walk: Walk, node: fx.Node) -> tuple[RowValue, ...]:
+    x = walk.row_argument(node, node.args[0])
+    both = walk.emit(node.target, x.node)
+    kept = [i for i, val in enumerate(node.meta["val"]) if same_shape(val.shape, x.shape)]
+    return tuple(
+        walk.result(
+            node, walk.emit(operator.getitem, both, i), x.is_row, x, [x], node.meta["val"][i]
+        )
+        for i in kept
+    )
 
 
 # A cast is pointwise; a move to another device is not something a chunk should do.
@@ -233,7 +258,8 @@ def _split_val(x: RowValue, shape: Sequence[Any], dtype: torch.dtype) -> torch.T
 # ---- along features --------------------------------------------------------------------------
 
 
-# A map along one feature dimension (softmax, sort, cumulative sum, top-k) reads one row.
+# A map along one feature dimension (softmax, sort, cumulative sum, top-k, gated halves) reads one
+# row.
 @_register(
     "along features",
     [
@@ -248,6 +274,7 @@ def _split_val(x: RowValue, shape: Sequence[Any], dtype: torch.dtype) -> torch.T
         aten.sort.default,
         aten.sort.stable,
         aten.topk.default,
+        aten.glu.default,
     ],
 )
 def _along(walk: Walk, node: fx.Node) -> Result:

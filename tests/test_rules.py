@@ -23,6 +23,10 @@ def _indices(z, k=1):
     return (torch.arange(B * T * k).view(B, T, k) * 7) % V
 
 
+def _targets(z):
+    return _constant(B, T, V).to(z)
+
+
 #: For each op with a rule: a function of logits [B, T, V] that lowers to it and ends narrow.
 SAMPLES = {
     aten.alias.default: lambda z: aten.alias.default(z).logsumexp(-1),
@@ -38,6 +42,15 @@ SAMPLES = {
         z.detach(), torch.tensor([-1.0, 0.0, 1.0], dtype=z.dtype)
     ).sum(-1),
     aten._prelu_kernel.default: lambda z: F.prelu(z, torch.tensor([0.2], dtype=z.dtype)).sum(-1),
+    aten.mse_loss.default: lambda z: F.mse_loss(z, _constant(V).to(z).expand_as(z)),
+    aten.smooth_l1_loss.default: lambda z: F.smooth_l1_loss(z, _targets(z), beta=0.4),
+    aten.huber_loss.default: lambda z: F.huber_loss(z, _targets(z), delta=0.6),
+    aten.binary_cross_entropy.default: lambda z: F.binary_cross_entropy(
+        (4 * z).sigmoid(), _targets(z).abs(), weight=_constant(V).to(z).abs()
+    ),
+    aten.soft_margin_loss.default: lambda z: F.soft_margin_loss(z, _targets(z).sign()),
+    aten.log_sigmoid_forward.default: lambda z: F.logsigmoid(z).sum(-1),
+    aten.glu.default: lambda z: F.glu(z, -1).square().sum(-1),
     aten._to_copy.default: lambda z: z.double().logsumexp(-1),
     aten.sum.dim_IntList: lambda z: z.square().sum(-1),
     aten.sum.default: lambda z: z.square().sum(),

@@ -436,6 +436,17 @@ def test_fault_W_with_real_kernels(name):
     check(ours, _steps(function, torch.float32), _steps(function, torch.float64), torch.float32)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_write_leaves_the_grad_mode_alone(enabled, no_codegen):
+    module = torch.compile(
+        Buffers(PROGRAMS["running_total"][0]), backend="autochunk", options=OPTIONS
+    )
+    with torch.set_grad_enabled(enabled):
+        loss, _ = module(*_inputs(torch.float32))
+        assert torch.is_grad_enabled() == enabled
+    assert loss.requires_grad == enabled
+
+
 def test_fault_D_a_refusal_names_the_tensor_the_reader_and_both_lines(no_codegen):
     """A writer that cannot be lowered reads what the head reads: both lines are told."""
 

@@ -1,0 +1,213 @@
+"""Faults of the chunk's kernel and of the derivatives in it, each as it was found.
+
+With Inductor's kernels, unless a test takes ``no_codegen``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import check, run, widened
+from torch import fx
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import autochunk
+from autochunk.kernel_writes import WriteError, check_writes, functionalised, writing_nodes
+
+aten = torch.ops.aten
+N, H, V = 24, 8, 64
+OPTIONS = {"strict": True, "min_bytes": 0, "chunk_rows": 7}
+LABELS = torch.arange(N) * 5 % V
+
+
+def _inputs(scale=1.0, dtype=torch.float32):
+    torch.manual_seed(0)
+    x = torch.randn(N, H, dtype=torch.float64) * scale
+    return [x.to(dtype).requires_grad_(), torch.randn(V, H).to(dtype).requires_grad_()]
+
+
+def _compare(function, inputs, dtype=torch.float32):
+    found = []
+
+    def chunked(*args):
+        found.append(autochunk.explain(function, options=OPTIONS)(*args))
+        return found[0].result
+
+    actual = run(chunked, inputs)
+    assert found[0].chunked, found[0]
+    assert not found[0].refused, found[0]
+    check(actual, run(function, inputs), run(function, widened(inputs)), dtype)
+    return found[0]
+
+
+# ---- B: kernels write to nothing but their buffers ---------------------------------------------
+
+
+def _hazard(x, w):
+    survival = (1 - (x @ w.T).sigmoid()).cumprod(-1)
+    return -(survival.gather(1, LABELS[:, None]) + 1e-9).log().mean()
+
+
+def _stick_breaking(x, w):
+    share = F.linear(x, w).sigmoid()
+    left = F.pad((1 - share).cumprod(-1), (1, 0), value=1.0)[:, :-1]
+    return -((share * left).gather(1, LABELS[:, None]) + 1e-9).log().mean()
+
+
+B_FUNCTIONS = {
+    "hazard": _hazard,
+    "stick breaking": _stick_breaking,
+    "products": lambda x, w: F.linear(x, w).tanh().cumprod(-1).mean(),
+}
+
+
+@pytest.mark.parametrize("name", B_FUNCTIONS)
+def test_fault_B_derivative_with_inplace_ops(name):
+    _compare(B_FUNCTIONS[name], _inputs(0.3))
+
+
+def test_fault_B_every_kernel_is_checked(no_codegen, monkeypatch):
+    """A write that survives is a fallback with its reason, or an error in strict mode."""
+
+    def untouched(gm, inputs, table=None):
+        return gm
+
+    monkeypatch.setattr(autochunk.body, "functionalised", untouched)
+    x, w = _inputs()
+    with pytest.raises(BackendCompilerFailed, match="modifies a tensor in place: aten"):
+        torch.compile(_hazard, backend="autochunk", options=OPTIONS)(x, w)
+    torch._dynamo.reset()
+    with pytest.warns(autochunk.FallbackWarning, match="modifies a tensor in place"):
+        explained = autochunk.explain(_hazard, options={**OPTIONS, "strict": False})(x, w)
+    torch.testing.assert_close(explained.result, _hazard(x, w))
+
+
+def _one_label(x, w):
+    z = F.linear(x, w)
+    return F.cross_entropy(z, LABELS) + z[..., 3].sum() + z[:, 5:8].t().sum()
+
+
+def _metric(x, w):
+    z = F.linear(x, w)
+    return F.cross_entropy(z, LABELS), z[:, 3].detach(), z.detach().view(N, 4, -1)[:, 1, 2:4]
+
+
+B_VIEWS = {
+    "select": lambda x, w: F.linear(x, w)[..., 3].sum(),
+    "slice": lambda x, w: F.linear(x, w)[:, 2:6].sum(),
+    "beside a loss": _one_label,
+    "as a metric": _metric,
+}
+
+
+@pytest.mark.parametrize("name", B_VIEWS)
+def test_fault_B_a_view_of_the_logits_leaves_before_they_are_overwritten(name):
+    _compare(B_VIEWS[name], _inputs())
+
+
+@pytest.mark.parametrize("name", B_VIEWS)
+def test_fault_B_views_op_by_op(name, no_codegen):
+    _compare(B_VIEWS[name], _inputs())
+
+
+def test_fault_B_writes_in_the_tail(no_codegen):
+    """The tail's derivative may write: AOTAutograd functionalises the graph it becomes part of."""
+
+    def function(x, w):
+        nll = F.cross_entropy(F.linear(x, w), LABELS, reduction="none")
+        return nll.as_strided((3, 2), (2, 1)).sum()
+
+    _compare(function, _inputs())
+
+
+def _graph(*nodes):
+    """A graph of one buffer; each of ``nodes`` is (target, indices of earlier nodes or numbers)."""
+    graph = fx.Graph()
+    made = [graph.placeholder("buffer")]
+    for target, *args in nodes:
+        args = [made[a] if isinstance(a, int) else a[0] for a in args]
+        made.append(graph.call_function(target, tuple(args)))
+    graph.output((made[-1],))
+    return graph, made[0]
+
+
+def test_fault_B_what_a_kernel_may_write():
+    graph, buffer = _graph((aten.exp.default, 0), (aten.copy_.default, 0, 1), (aten.sum.default, 1))
+    check_writes(graph, [buffer])
+    with pytest.raises(WriteError, match="copy_"):
+        check_writes(graph, [])
+    graph, buffer = _graph((aten.exp.default, 0), (aten.relu_.default, 1))
+    with pytest.raises(WriteError, match=r"in place: aten\.relu_"):
+        check_writes(graph, [buffer])
+    view = (aten._unsafe_view.default, 0, [[64]])
+    graph, buffer = _graph(
+        view, (aten.exp.default, 0), (aten.copy_.default, 0, 2), (aten.exp.default, 1)
+    )
+    with pytest.raises(WriteError, match="after it was overwritten"):
+        check_writes(graph, [buffer])
+
+
+def test_fault_B_functionalised_graphs_are_the_same():
+    def writes(x):
+        return torch.zeros(4).scatter_(0, torch.tensor([1, 2]), x).relu_()
+
+    x = torch.tensor([-1.0, 2.0])
+    gm = make_fx(writes)(x)
+    assert writing_nodes(gm.graph)
+    functional = functionalised(gm, [x])
+    assert not writing_nodes(functional.graph)
+    assert torch.equal(functional(x), writes(x))
+    assert functionalised(functional, [x]) is functional
+
+
+# ---- C: derivatives at saturation ----------------------------------------------------------------
+
+
+def _probabilities(x, w):
+    return F.binary_cross_entropy((4 * x @ w.T).sigmoid(), _soft(V))
+
+
+def _soft(v):
+    return (torch.arange(N * v).view(N, v) % 5 / 4).float()
+
+
+C_FUNCTIONS = {
+    "binary cross entropy": _probabilities,
+    "with logits": lambda x, w: F.binary_cross_entropy_with_logits(
+        1e4 * x @ w.T, _soft(V), pos_weight=torch.linspace(1, 2, V)
+    ),
+    "multi margin": lambda x, w: F.multi_margin_loss((x @ w.T).round(), LABELS),
+    "smooth l1": lambda x, w: F.smooth_l1_loss((x @ w.T).round(), _soft(V).round(), beta=1.0),
+    "xlogy": lambda x, w: torch.xlogy(F.relu(x @ w.T), _soft(V)).mean(),
+}
+
+
+@pytest.mark.parametrize("name", C_FUNCTIONS)
+def test_fault_C_saturated(name):
+    x, w = _inputs(2.0)
+    function = C_FUNCTIONS[name]
+    found = autochunk.explain(function, options=OPTIONS)
+    actual = run(lambda *a: found(*a).result, [x, w])
+    expected = run(function, [x, w])
+    for ours, theirs in zip(
+        (*actual.outputs, *actual.gradients),
+        (*expected.outputs, *expected.gradients),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+# ---- C3: labels that are padded ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_fault_C3_multilabel_margin_loss_with_padded_labels(reduction):
+    """As eager has it, where ``torch.compile`` has another value."""
+    labels = torch.stack([(torch.arange(V) * 3 + row) % V for row in range(N)])
+    labels[torch.arange(N), torch.arange(N) % 6] = -1
+    _compare(
+        lambda x, w: F.multilabel_margin_loss(F.linear(x, w), labels, reduction=reduction),
+        _inputs(),
+    )
