@@ -92,7 +92,9 @@ def _shown(
 
     with _fake_mode():
         fakes = tuple(made(*leaf) for leaf in leaves)
-        result = Step(func, "", fakes, spec, (), (), grad, autocast, device, ("", 0)).call(fakes)
+        result = Step(func, "", fakes, spec, (), (), (), grad, autocast, device, ("", 0)).call(
+            fakes
+        )
     is_single = isinstance(result, Tensor)
     return Shown(
         tensors=tuple(Meta.of(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)),
