@@ -29,20 +29,39 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.overrides
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo import compiled_autograd
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
+from autochunk.kept import Token, remember
+
 
 class StaleError(RuntimeError):
     """A deferred tensor was used after one of its inputs had been modified in place."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def never_compiled(function: F) -> F:
+    """Dynamo compiles neither the function nor what it calls, wherever it is called from.
+
+    A frame that Dynamo skips or resumes calls PyTorch, and PyTorch calls us; without this Dynamo
+    would take our code for the user's. (It may still inline the function into a graph.)
+    """
+    skip = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 def defer(
@@ -77,7 +96,10 @@ def make(
     """A deferred tensor with a formula; ``val`` has its dtype and device."""
     with torch.set_grad_enabled(requires_grad):
         plain = _Deferred.apply(formula, tuple(shape), val, *formula.tensors)
-        return _Identity.apply(plain, formula, tuple(strides))
+        made = _Identity.apply(plain, formula, tuple(strides))
+    if not requires_grad:
+        made._token = remember(formula)
+    return made
 
 
 def _compute(func: Any, args: Any, kwargs: Any) -> Any:
@@ -100,7 +122,9 @@ class DeferredTensor(Tensor):
     _plain: Tensor
     _formula: Any
     _expanded: Tensor
+    _token: Token
 
+    @never_compiled
     def materialize(self) -> Tensor:
         """Computes the value. Any other use of the tensor does so, too.
 
@@ -115,31 +139,59 @@ class DeferredTensor(Tensor):
             if type(self) is not DeferredTensor:  # another thread was faster
                 return self
             formula = self._formula
-            if formula is not None:
-                formula.seen = True
-            if formula is None or self.is_shared_with_cpp():
-                return self._value
-            plain = formula.ordinary(self._plain)
+            if formula is None:
+                return self._plain
+            formula.seen = True
+            if self.is_shared_with_cpp():
+                return self._with_history(self._value)
+            value = self._with_history(formula.ordinary(self._plain))
             try:
-                torch._C._swap_tensor_impl(self, plain)
+                torch._C._swap_tensor_impl(self, value)
             except RuntimeError:  # C++ code holds a weak reference
-                return self._value
+                return self._with_history(self._value)
             del self._plain, self._formula
             self.__dict__.pop("_expanded", None)
+            self.__dict__.pop("_token", None)
             self.__class__ = Tensor
             return self
 
+    @never_compiled
     def is_shared_with_cpp(self) -> bool:
         """Whether C++ code holds on to the wrapper (autograd, for a custom Function's input)."""
         with torch._C.DisableTorchFunctionSubclass():
             return self._use_count() > 1
 
+    @never_compiled
+    def is_own(self) -> bool:
+        """Whether the wrapper's place in the autograd graph is that of ``plain``.
+
+        A custom autograd Function that returns the wrapper, or modifies it (``mark_dirty``), gives
+        it another, or none.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            history = self.grad_fn
+        if not self._plain.requires_grad:
+            return history is None
+        return isinstance(history, _Identity._backward_cls)
+
+    def _with_history(self, value: Tensor) -> Tensor:
+        """The value as a tensor whose place in the autograd graph is the wrapper's."""
+        if self.is_own():
+            return value
+        with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+            return _Adopted.apply(self, [value])
+
     @classmethod
+    @never_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _METADATA or TracingContext.try_get() is not None:
+        # The first is true where Dynamo inlines this into a graph, as a constant.
+        inlined = torch.compiler.is_dynamo_compiling()
+        if inlined or func in _METADATA or TracingContext.try_get() is not None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs or {})
-        if func in _AUTOGRAD and isinstance(args[0]._formula, Formula):
+        if func in _AUTOGRAD and args[0].is_own() and isinstance(args[0]._formula, Formula):
+            # Who hooks the logits, or the node that makes them, wants their gradient.
+            args[0]._formula.seen |= _AUTOGRAD[func]
             return func(args[0]._plain, *args[1:], **kwargs or {})
         with _LOCK:
             result = on_use(func, args, kwargs or {})
@@ -151,6 +203,7 @@ class DeferredTensor(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
+    @never_compiled
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _refuse_writes(func, args, kwargs)
@@ -163,6 +216,7 @@ class DeferredTensor(Tensor):
             return return_and_correct_aliasing(func, args, kwargs, out)
         return out
 
+    @never_compiled
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         if TracingContext.try_get() is not None:
             return f"DeferredTensor({self._plain!r})"
@@ -171,17 +225,15 @@ class DeferredTensor(Tensor):
     # ---- what torch.compile needs to look inside
 
     @property
+    @never_compiled
     def _value(self) -> Tensor:
         with _LOCK:
             if self._formula is not None:
-                with torch._C.DisableTorchFunctionSubclass():
-                    history = self.grad_fn
-                if not isinstance(history, (type(None), _Identity._backward_cls)):
-                    raise RuntimeError(_MODIFIED.format("a custom autograd Function (mark_dirty)"))
                 self._formula.fill(self._plain)
             return self._plain
 
     @property
+    @never_compiled
     def _outline(self) -> Tensor:
         """A tensor of one element, expanded: what guards may look at."""
         if not hasattr(self, "_expanded"):
@@ -189,10 +241,12 @@ class DeferredTensor(Tensor):
             self._expanded = one.expand(self.shape).requires_grad_(self.requires_grad)
         return self._expanded
 
+    @never_compiled
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["_outline" if _reads_metadata(sys._getframe(1)) else "_value"], None
 
     @staticmethod
+    @never_compiled
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: None, size: Sequence[int], stride: Sequence[int]
     ) -> Tensor:
@@ -255,6 +309,7 @@ class Formula:
         symbolic: Of each input, as in :func:`defer`.
         compiler: Compiles functions of the value, or None.
         seen: Whether the value has been looked at: its gradient may be asked for.
+        kept: The value, computed before an input changed (``kept.py``); or None.
     """
 
     def __init__(
@@ -277,6 +332,7 @@ class Formula:
         self.inference = torch.is_inference_mode_enabled()
         self.states = [_state_of(t) for t in self.tensors]
         self.filled = False
+        self.kept: Tensor | None = None
         self.recorded: GradientEdge | None = None
 
     @property
@@ -300,6 +356,10 @@ class Formula:
     def tensors(self) -> list[Tensor]:
         return [t for t in self.inputs if isinstance(t, Tensor)]
 
+    def saved(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Those that must not be modified until the backward pass."""
+        return tensors
+
     def fill(self, plain: Tensor) -> None:
         """Gives ``plain`` its value, once.
 
@@ -315,7 +375,7 @@ class Formula:
             )
         self._check()
         with self.ambient():
-            value = self.graph.forward(*self.inputs)
+            value = self.graph.forward(*self.inputs) if self.kept is None else self.kept
             self.recorded = get_gradient_edge(value) if value.requires_grad else None
             plain.data = value.detach()
         self.filled = True
@@ -326,21 +386,28 @@ class Formula:
         return plain
 
     def compute(self) -> Tensor:
-        """The value, which is not kept, without its history."""
+        """The value without its history."""
+        if self.kept is not None:
+            return self.kept
         self._check()
         with self.ambient(), torch.no_grad():
             return self.graph.forward(*self.inputs)
 
-    def stale(self) -> int | None:
-        """The position of an input that was modified in place since, if there is one."""
-        for position, (tensor, state) in enumerate(zip(self.tensors, self.states, strict=True)):
-            if _state_of(tensor) != state:
-                return position
-        return None
+    original = compute
+
+    def is_fresh(self) -> bool:
+        """Whether no input was modified in place since."""
+        return not self._stale()
+
+    def _stale(self) -> list[int]:
+        """Positions of the inputs that were modified in place since, if it is needed."""
+        if self.kept is not None:
+            return []
+        pairs = enumerate(zip(self.tensors, self.states, strict=True))
+        return [i for i, (tensor, state) in pairs if _state_of(tensor) != state]
 
     def _check(self) -> None:
-        position = self.stale()
-        if position is not None:
+        for position in self._stale():
             tensor = self.tensors[position]
             raise StaleError(
                 f"autochunk: the logits were deferred, and their input {position} (shape "
@@ -399,30 +466,79 @@ class _Deferred(torch.autograd.Function):
     """``plain``, yet to be filled, as a function of the formula's tensors."""
 
     @staticmethod
+    @never_compiled
     def forward(ctx: Any, formula: Formula, shape: Any, val: Any, *tensors: Tensor) -> Tensor:
         ctx.formula = formula
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*formula.saved(tensors))
         ctx.set_materialize_grads(False)
         return torch.empty_strided(shape, [0] * len(shape), dtype=val.dtype, device=val.device)
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, grad: Tensor | None) -> Any:
-        if grad is None:  # the gradient goes another way (recording.py)
-            return (None,) * len(ctx.needs_input_grad)
+        wanted = ctx.needs_input_grad[3:]
+        if grad is None or (in_compiled_autograd() and not grad.any()):
+            return None, None, None, *no_gradients(ctx.formula.tensors, wanted)  # another way
         _ = ctx.saved_tensors  # raises what eager PyTorch raises if one was modified or freed
-        return None, None, None, *ctx.formula.gradients(grad, ctx.needs_input_grad[3:])
+        return None, None, None, *ctx.formula.gradients(grad, wanted)
+
+
+def in_compiled_autograd() -> bool:
+    """Whether this is a backward pass that Dynamo has compiled (``config.compiled_autograd``)."""
+    return compiled_autograd.in_compiled_autograd_region
+
+
+def no_gradients(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """What a backward function returns whose gradient goes another way.
+
+    None for each; but compiled autograd adds up whatever it gets, and is given zeros.
+    """
+    if not in_compiled_autograd():
+        return [None] * len(tensors)
+    return [
+        torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape) if want else None
+        for t, want in zip(tensors, wanted, strict=True)
+    ]
 
 
 class _Identity(torch.autograd.Function):
     """The wrapper as a function of ``plain``."""
 
     @staticmethod
+    @never_compiled
     def forward(ctx: Any, plain: Tensor, formula: Formula, strides: Any) -> Tensor:
         return _wrap(plain, formula, strides)
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None, None
+
+
+class _Adopted(torch.autograd.Function):
+    """The value of a wrapper whose history autograd has replaced, as a function of the wrapper."""
+
+    @staticmethod
+    @never_compiled
+    def forward(ctx: Any, wrapper: DeferredTensor, value: list[Tensor]) -> Tensor:
+        return alias(*value)
+
+    @staticmethod
+    @never_compiled
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+def has_other_history(tensor: Tensor) -> bool:
+    """Whether autograd has replaced the history of a tensor that is, or was, a wrapper."""
+    if type(tensor) is DeferredTensor:
+        return not tensor.is_own()
+    return isinstance(tensor.grad_fn, _Adopted._backward_cls)
+
+
+def alias(value: Tensor) -> Tensor:
+    """The same memory as a tensor that autograd takes for a new one."""
+    return torch.empty(0, dtype=value.dtype, device=value.device).set_(value.detach())
 
 
 _LOCK = threading.RLock()
@@ -467,5 +583,9 @@ _METADATA = _functions(
     Tensor._backward_hooks.__set__,  # by autograd itself, for what a Function has modified
 }
 
-#: Answered by ``plain`` before it has a value: FSDP, for one, hooks every output of a model.
-_AUTOGRAD = _functions(attributes="grad_fn output_nr retains_grad", methods="register_hook")
+#: Answered by ``plain`` before it has a value, and whether the gradient may be asked for after
+#: that: FSDP, for one, hooks every output of a model.
+_AUTOGRAD = {
+    **dict.fromkeys(_functions(attributes="output_nr retains_grad", methods=""), False),
+    **dict.fromkeys(_functions(attributes="grad_fn", methods="register_hook"), True),
+}

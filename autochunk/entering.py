@@ -121,6 +121,8 @@ class Entered:
         if found is not NotImplemented:
             return found
         values = [a.materialize() if type(a) is DeferredTensor else a for a in args]
+        if not self._programs.is_usable():
+            return self._function(*values)
         try:
             return self._alone(*values)
         except torch._dynamo.exc.Unsupported as error:
@@ -135,6 +137,8 @@ class Entered:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         deferred = [tensor for tensor in tensors if type(tensor) is DeferredTensor]
         if not deferred or is_intercepted() or not all(map(is_open, deferred)):
+            return NotImplemented
+        if not self._programs.is_usable():
             return NotImplemented
         leaves, spec = pytree.tree_flatten((args, {}))
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from autochunk.deferred import DeferredTensor, Formula, no_saved_tensors_hooks
+from autochunk.deferred import (
+    DeferredTensor,
+    Formula,
+    alias,
+    never_compiled,
+    no_gradients,
+    no_saved_tensors_hooks,
+)
 from autochunk.stance import NotCompiledError, compiled_code_only, reason_not_compiled
 from autochunk.steps import (
     Step,
@@ -42,6 +50,7 @@ class Program:
         formulas: Of all deferred tensors in it.
         static: For each of ``others`` and ``own`` the dimensions of a size that never changes;
             None where the sizes of the first call are taken for those of all calls.
+        owner: Whose it is.
     """
 
     run: Callable[..., Any]
@@ -50,6 +59,7 @@ class Program:
     inputs: tuple[tuple[str, Any], ...]
     formulas: tuple[Any, ...]
     static: tuple[tuple[int, ...], ...] | None
+    owner: Programs
 
     def call(self, tensors: Sequence[Tensor]) -> Any:
         """Runs it on ``others`` and ``own``, or aliases of them that nobody else has."""
@@ -242,10 +252,17 @@ class Programs:
     Attributes:
         compiler: Dynamo's compiler function for them.
         made: By their source; None for one that cannot be chunked.
+        process: That they are compiled and run in. Another one is a fork of it, where compilers
+            and the threads of compiled code hang.
     """
 
     compiler: Callable[..., Any]
     made: dict[Any, _Made | None] = field(default_factory=dict)
+    process: int = field(default_factory=os.getpid)
+
+    def is_usable(self) -> bool:
+        """Whether this is their process."""
+        return self.process == os.getpid()
 
 
 @dataclass(frozen=True)
@@ -265,7 +282,8 @@ def evaluate(step: Step, programs: Programs, needs_grad: bool) -> Any:
 
     Args:
         step: Its deferred tensors are open (:func:`autochunk.steps.is_open`).
-        programs: Their compiler raises RefusedError where the logits cannot be left out.
+        programs: Usable ones. Their compiler raises RefusedError where the logits cannot be left
+            out.
         needs_grad: Whether a result may have a gradient.
 
     Returns:
@@ -293,6 +311,7 @@ def evaluate(step: Step, programs: Programs, needs_grad: bool) -> Any:
         inputs=tuple(writer.inputs),
         formulas=tuple(writer.formulas),
         static=writer.static() if made.dynamic else None,
+        owner=programs,
     )
     try:
         with compiled_code_only():
@@ -325,8 +344,7 @@ def _run(program: Program, step: Step, needs_grad: bool) -> Any:
     edges = [edge(step.leaves[i]) for i in step.deferred]
     kept: list[Any] = []
     outputs = _Evaluated.apply(program, step, kept, len(edges), *edges, *tensors)
-    for i in step.deferred:
-        formula = step.leaves[i]._formula
+    for formula in program.formulas:
         if isinstance(formula, StepFormula):
             formula.used = True
     (spec,) = kept
@@ -344,6 +362,7 @@ class _Evaluated(torch.autograd.Function):
     """The results of a program, as a function of its tensors and of the deferred ones."""
 
     @staticmethod
+    @never_compiled
     def forward(
         ctx: Any, program: Program, step: Step, kept: list[Any], n_edges: int, *tensors: Tensor
     ) -> Any:
@@ -367,14 +386,16 @@ class _Evaluated(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *upstream: Any) -> Any:
         _ = ctx.saved_tensors  # raises what eager PyTorch raises if one was modified or freed
         edges, tensors = (
             ctx.needs_input_grad[4 : 4 + ctx.n_edges],
             ctx.needs_input_grad[4 + ctx.n_edges :],
         )
-        # Compiled code has no second derivative.
-        if torch.is_grad_enabled() or any(formula.seen for formula in ctx.program.formulas):
+        seen = any(formula.seen for formula in ctx.program.formulas)
+        # Compiled code has no second derivative, and does not run in a fork.
+        if torch.is_grad_enabled() or seen or not ctx.program.owner.is_usable():
             return None, None, None, None, *_through_logits(ctx, upstream, edges, tensors)
         pairs = [
             (result, grad)
@@ -392,7 +413,8 @@ class _Evaluated(torch.autograd.Function):
             )
         )
         direct = [next(found) if want else None for want in tensors]
-        return None, None, None, None, *[None] * ctx.n_edges, *direct
+        logits = [ctx.step.leaves[i] for i in ctx.step.deferred]
+        return None, None, None, None, *no_gradients(logits, edges), *direct
 
 
 def _through_logits(
@@ -412,13 +434,11 @@ def _through_logits(
     by_id = {id(step.leaves[i]): g for i, g in found.items() if i not in step.deferred}
     return [
         *(found[i] for i in step.deferred),
-        *[None] * n_others,
+        *no_gradients(ctx.program.others, tensors[:n_others]),
         *(by_id[id(t)] for t in ctx.program.own),
     ]
 
 
 def _fresh(result: Any) -> Any:
     """A result outside of the program's own autograd graph, that may be modified in place."""
-    if not isinstance(result, Tensor):
-        return result
-    return torch.empty(0, dtype=result.dtype, device=result.device).set_(result.detach())
+    return alias(result) if isinstance(result, Tensor) else result

@@ -118,7 +118,7 @@ def _shown(
         fakes = tuple(made(*leaf) for leaf in leaves)
         watch = _Watch(fakes, deferred, logits)
         with watch:
-            result = Step(func, "", fakes, spec, (), (), grad, autocast, device, ("", 0)).call(
+            result = Step(func, "", fakes, spec, (), (), (), grad, autocast, device, ("", 0)).call(
                 fakes
             )
     is_single = isinstance(result, Tensor)

@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from autochunk.deferred import DeferredTensor, Formula, StaleError
+from autochunk.deferred import DeferredTensor, Formula, StaleError, has_other_history
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,7 @@ class Step:
         spelling: How a program calls it: a method's name, or a function.
         leaves, spec: Its arguments, flattened.
         deferred: Positions of those that were deferred tensors.
+        formulas: Of these; they compute the values that the step saw.
         versions: Of the other tensors.
         grad: Whether gradients were on.
         autocast: Of the device, as ``(enabled, dtype)``.
@@ -39,6 +40,7 @@ class Step:
     leaves: tuple[Any, ...]
     spec: Any
     deferred: tuple[int, ...]
+    formulas: tuple[Any, ...]
     versions: tuple[int, ...]
     grad: bool
     autocast: tuple[bool, torch.dtype]
@@ -64,8 +66,26 @@ class Step:
     @property
     def root(self) -> Formula:
         """The formula of the logits it reads (the largest, of several)."""
-        roots: list[Formula] = [self.leaves[i]._formula.root for i in self.deferred]
+        roots: list[Formula] = [formula.root for formula in self.formulas]
         return max(roots, key=lambda root: root.numel)
+
+    def originals(self) -> list[Any]:
+        """Its arguments as they were, deferred ones in-place edits of which came later included."""
+        leaves = [_value(leaf) for leaf in self.leaves]
+        for i, formula in zip(self.deferred, self.formulas, strict=True):
+            if self.is_edited(i):
+                leaves[i] = formula.original()
+        return leaves
+
+    def is_edited(self, position: int) -> bool:
+        """Whether an argument that was deferred, or what it is made of, was modified since."""
+        leaf = self.leaves[position]
+        if type(leaf) is not DeferredTensor and leaf._version > 0:
+            return True
+        formula = self.formulas[self.deferred.index(position)]
+        return isinstance(formula, StepFormula) and any(
+            map(formula.step.is_edited, formula.step.deferred)
+        )
 
     @property
     def tensors(self) -> list[int]:
@@ -90,6 +110,7 @@ def record(
         leaves=tuple(leaves),
         spec=spec,
         deferred=at,
+        formulas=tuple(leaves[i]._formula for i in at),
         versions=_versions(leaves, at),
         grad=torch.is_grad_enabled(),
         autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
@@ -127,8 +148,9 @@ class StepFormula:
     Attributes:
         root: The formula of the logits it is made of (the largest, of several).
         is_view: Whether the value shares memory with a deferred tensor's.
-        filled, seen: As there.
+        filled, seen, kept: As there.
         used: Whether something evaluated leads to the wrapper in the autograd graph.
+        wanted: Which of ``tensors`` require a gradient.
     """
 
     def __init__(self, step: Step, root: Formula, requires_grad: bool, is_view: bool) -> None:
@@ -139,10 +161,17 @@ class StepFormula:
         self.filled = False
         self.seen = False
         self.used = False
+        self.kept: Tensor | None = None
+        self.wanted = [tensor.requires_grad for tensor in self.tensors]
 
     @property
     def tensors(self) -> list[Tensor]:
         return [edge(self.step.leaves[i]) for i in self.step.tensors]
+
+    def saved(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Those that must not be modified until the backward pass."""
+        pairs = zip(self.step.tensors, tensors, strict=True)
+        return [tensor for i, tensor in pairs if i not in self.step.deferred]
 
     def fill(self, plain: Tensor) -> None:
         """Gives ``plain`` its value, once."""
@@ -152,14 +181,27 @@ class StepFormula:
 
     def compute(self) -> Tensor:
         """The value, without its history."""
+        if self.kept is not None:
+            return self.kept
         self._check()
         with self.root.ambient(), torch.no_grad():
             leaves = [_value(leaf) for leaf in self.step.leaves]
             return self.step.call(leaves, grad=False).detach()
 
+    def original(self) -> Tensor:
+        """The value that it had at first, without its history."""
+        with self.root.ambient(), torch.no_grad():
+            return self.step.call(self.step.originals(), grad=False).detach()
+
     def ordinary(self, plain: Tensor) -> Tensor:
         """The tensor that the wrapper becomes: with the history that eager PyTorch would give."""
-        if self.used:
+        # A view of what was modified has PyTorch make its history anew, too.
+        regenerated = self.is_view and any(map(self.step.is_edited, self.step.deferred))
+        if self.kept is None and self.is_view:  # of the memory of the whole
+            for i in self.step.deferred:
+                if type(self.step.leaves[i]) is DeferredTensor:
+                    self.step.leaves[i].materialize()
+        if self.kept is not None or self._history_changed() or (self.used and not regenerated):
             self.fill(plain)
             return plain
         self._check()
@@ -170,13 +212,32 @@ class StepFormula:
         with torch.inference_mode(self.root.inference):
             return self.step.call(leaves)
 
+    def _history_changed(self) -> bool:
+        """Whether autograd would not record now what it would have recorded then."""
+        tensors = [self.step.leaves[i] for i in self.step.tensors]
+        wanted = [tensor.requires_grad for tensor in tensors]
+        # In PyTorch, too, a view of a tensor follows its ``requires_grad_()``.
+        changed = [
+            w > now or (w < now and not self.is_view)
+            for w, now in zip(self.wanted, wanted, strict=True)
+        ]
+        return any(changed) or any(map(has_other_history, tensors))
+
+    def is_fresh(self) -> bool:
+        """Whether no tensor that its value depends on was modified in place since."""
+        parents = [self.step.leaves[i] for i in self.step.deferred]
+        waiting = [p._formula for p in parents if type(p) is DeferredTensor]
+        if self.kept is not None:
+            return True
+        return not self._modified() and all(f.filled or f.is_fresh() for f in waiting)
+
+    def _modified(self) -> bool:
+        """Whether a tensor that the step itself reads was modified in place since."""
+        edited = any(map(self.step.is_edited, self.step.deferred))
+        return self.step.changed() or (edited and not self.is_view)
+
     def _check(self) -> None:
-        stale = self.step.changed()
-        for i in self.step.deferred:
-            parent = self.step.leaves[i]
-            modified = type(parent) is not DeferredTensor and parent._version > 0
-            stale = stale or (modified and not self.is_view)
-        if stale:
+        if self._modified():
             name = getattr(self.step.func, "__name__", str(self.step.func))
             raise StaleError(
                 f"autochunk: {name} at {':'.join(map(str, self.step.line))} was deferred, and a "
@@ -188,6 +249,12 @@ class StepFormula:
         """Gradients with respect to the ``wanted`` ones of ``tensors``."""
         with modes_of_backward(self.root):
             return gradients(self.step, [upstream], wanted)
+
+
+_EDITED = (
+    "autochunk: a second derivative of a loss on logits that have been modified in place since; "
+    "modify a clone() of them"
+)
 
 
 def edge(leaf: Tensor) -> Tensor:
@@ -212,15 +279,17 @@ def modes_of_backward(root: Formula) -> Iterator[None]:
 
 def gradients(step: Step, upstream: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
     """Gradients of a step's results with respect to the tensors among its leaves."""
-    leaves = list(step.leaves)
     create_graph = torch.is_grad_enabled()
+    if create_graph and any(map(step.is_edited, step.deferred)):
+        raise RuntimeError(_EDITED)
+    leaves = list(step.leaves) if create_graph else step.originals()
     for i, want in zip(step.tensors, wanted, strict=True):
         if create_graph:
             leaf = leaves[i]
             whole = leaf.materialize() if type(leaf) is DeferredTensor else leaf
             leaves[i] = whole.view_as(whole)
         else:
-            leaves[i] = _value(leaves[i]).requires_grad_(want)
+            leaves[i] = leaves[i].detach().requires_grad_(want)
     with torch.enable_grad():
         results = step.call(leaves)
     pairs = [
@@ -254,14 +323,19 @@ def is_intercepted() -> bool:
 def is_open(tensor: DeferredTensor) -> bool:
     """Whether a value is not there yet, can be computed, and its gradient interests nobody."""
     formula, plain = tensor._formula, tensor._plain
-    if formula is None or formula.filled or formula.seen or tensor.is_shared_with_cpp():
+    if formula is None or formula.filled or formula.seen or formula.kept is not None:
+        return False
+    if tensor.is_shared_with_cpp():
+        return False
+    if not tensor.is_own():
         return False
     if formula.root.inference != torch.is_inference_mode_enabled():
         return False
     if plain._backward_hooks or plain.retains_grad:
         return False
     if isinstance(formula, Formula):
-        return formula.compiler is not None and not formula.stale()
+        programs = formula.compiler
+        return programs is not None and programs.is_usable() and formula.is_fresh()
     parents = [formula.step.leaves[i] for i in formula.step.deferred]
     return not formula.step.changed() and all(
         type(parent) is DeferredTensor and is_open(parent) for parent in parents
