@@ -316,9 +316,14 @@ def _argument(node: fx.Node, position: int, name: str) -> Any:
 def _was_written(node: fx.Node) -> bool:
     """Whether Dynamo's own run of the graph moved the version of an input.
 
-    That of a tensor made in the graph tells nothing: the call that makes it may move it.
+    A fake begins with the version of its tensor. That of a tensor made in the graph tells nothing:
+    the call that makes it may move it.
     """
-    value = fake(node)
-    if node.op != "placeholder" or not isinstance(value, Tensor) or value.is_inference():
+    value, argument = fake(node), node.meta.get("grapharg")
+    example = None if argument is None else argument.example
+    if not isinstance(value, Tensor) or not isinstance(example, Tensor):
         return False
-    return value._version > 0
+    with torch._C.DisableTorchFunctionSubclass():
+        if value.is_inference() or example.is_inference():
+            return False
+        return value._version > example._version

@@ -340,15 +340,6 @@ def hidden_states_scaled_after(s, x, w, y):
 
 
 @program()
-def weight_rescaled_last(s, x, w, y):
-    loss = F.cross_entropy(F.linear(x, w), y)
-    with torch.no_grad():
-        s.counts.copy_(w.sum(1))
-        w.data.mul_(1.0)
-    return loss
-
-
-@program()
 def negatives_masked(s, x, w, y):  # a queue of negatives: ``dup[i, i] = False``
     z = F.linear(x, w)
     duplicate = y[:, None] == torch.arange(V)[None]
@@ -372,6 +363,15 @@ def detached_logits_written(s, x, w, y):
     z = F.linear(x, w)
     z.detach().mul_(0.5)
     return F.cross_entropy(z, y)
+
+
+@program("mul_ writes to w, which has a gradient, behind autograd's back; mul_ writes to w (")
+def weight_rescaled_last(s, x, w, y):
+    loss = F.cross_entropy(F.linear(x, w), y)
+    with torch.no_grad():
+        s.counts.copy_(w.sum(1))
+        w.data.mul_(1.0)
+    return loss
 
 
 @program("batch_norm updates self.hist inside")
@@ -539,3 +539,34 @@ def test_what_a_call_writes_to(body, writes):
 
     torch.compile(function, backend=backend)(torch.ones(4, 4), torch.ones(4, 4))
     assert found == [set(writes)]
+
+
+def test_an_input_written_to_before_the_call_is_no_evidence_of_a_write(no_codegen):
+    def function(s, x, w, y):
+        return F.cross_entropy(F.linear(x, w), y)
+
+    x, w, y = _inputs(torch.float32)
+    y[:3] = -100
+    with collect() as reports:
+        torch.compile(Buffers(function), backend="autochunk", options=OPTIONS)(x, w, y)
+    assert [row.strategy for row in reports[0].rows] == ["fused"]
+
+
+def test_a_writer_that_nobody_knows_is_found_by_the_version(no_codegen, monkeypatch):
+    monkeypatch.setattr("autochunk.memory._HIDDEN", {})
+
+    def function(s, x, w, y):
+        z = F.linear(x, w)
+        e = F.embedding(y, s.counts.view(-1, 8), max_norm=1.0)
+        return F.cross_entropy(z, y) + e.sum() + s.counts.sum()
+
+    x, w, y = _inputs(torch.float32)
+    found = []
+
+    def backend(gm, example_inputs):
+        memory = Memory.of(gm.graph)
+        found.append({tensor_name(memory.base(s)) for s in memory.written})
+        return gm.forward
+
+    torch.compile(Buffers(function), backend=backend)(x, w, y % 8)
+    assert found == [{"self.counts"}]
