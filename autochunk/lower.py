@@ -35,6 +35,7 @@ from autochunk.find import (
     is_grad_function,
     is_inplace,
     op_name,
+    refuse_subclass,
     source_line,
 )
 from autochunk.sink import producers
@@ -91,6 +92,9 @@ def refuse_to_lower(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
         )
     for node in cone:
         target = node.target
+        subclass = refuse_subclass(node)
+        if subclass is not None:
+            return subclass
         if isinstance(target, torch._ops.HigherOrderOperator):
             custom = "autograd_function" in str(target)
             code = "custom-function" if custom else "higher-order"
