@@ -36,6 +36,7 @@ from autochunk.find import (
     is_differentiable,
     is_grad_function,
     op_name,
+    refuse_subclass,
     source_line,
 )
 from autochunk.memory import Conflict, Memory, storages, written_arguments
@@ -85,6 +86,9 @@ def refuse_to_lower(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
 
 def _refuse_call(node: fx.Node) -> Refusal | None:
     target = node.target
+    subclass = refuse_subclass(node)
+    if subclass is not None:
+        return subclass
     if isinstance(target, torch._ops.HigherOrderOperator):
         custom = "autograd_function" in str(target)
         code = "custom-function" if custom else "higher-order"
