@@ -199,6 +199,56 @@ def test_fault_C_saturated(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+# ---- C2: ties between rows -----------------------------------------------------------------------
+
+
+def _rounded(x, w, shape=(N, V)):
+    z = F.linear(x, w)
+    clamped = z.detach().clamp(-9, 9)
+    return (clamped + (z - z.detach())).view(shape)  # many ties, unequally many in a row
+
+
+def _integers(dtype):
+    return [t.detach().mul(2).round().requires_grad_() for t in _inputs(dtype=dtype)]
+
+
+C2_FUNCTIONS = {
+    "max": lambda x, w: _rounded(x, w).max(),
+    "min": lambda x, w: _rounded(x, w).min() * 3,
+    "amax": lambda x, w: _rounded(x, w).amax((0, 1)),
+    "amin, kept": lambda x, w: _rounded(x, w).amin((0, 1), keepdim=True).square().sum(),
+    "some rows": lambda x, w: (_rounded(x, w, (4, 6, V)).amax((0, 2)) * torch.arange(6)).sum(),
+    "features first": lambda x, w: _rounded(x, w).t().max(),
+    "a half of features": lambda x, w: _rounded(x, w, (N, 2, 32)).amax((0, 2)).square().sum(),
+    "beside a loss": lambda x, w: F.cross_entropy(F.linear(x, w), LABELS) + _rounded(x, w).max(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", C2_FUNCTIONS)
+def test_fault_C2_ties_between_rows(name, dtype, no_codegen):
+    """All that tie share the gradient evenly, as in eager."""
+    _compare(C2_FUNCTIONS[name], _integers(dtype), dtype)
+
+
+def test_fault_C2_infinite(no_codegen):
+    def function(x, w):
+        z = F.linear(x, w)
+        return (z + torch.where(z.detach() > 9, torch.inf, 0.0)).max()
+
+    inputs = _integers(torch.float32)
+    actual = run(lambda *a: autochunk.explain(function, options=OPTIONS)(*a).result, inputs)
+    expected = run(function, inputs)
+    assert actual.outputs[0] == torch.inf
+    for ours, theirs in zip(actual.gradients, expected.gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_fault_C2_with_kernels():
+    _compare(C2_FUNCTIONS["max"], _integers(torch.float32))
+    _compare(C2_FUNCTIONS["some rows"], _integers(torch.float32))
+
+
 # ---- C3: labels that are padded ------------------------------------------------------------------
 
 
