@@ -215,7 +215,7 @@ def op_name(node: fx.Node) -> str:
 def is_inplace(node: fx.Node) -> bool:
     """Whether a call of a Dynamo graph writes to a tensor."""
     name = op_name(node)
-    if "out" in node.kwargs:
+    if node.kwargs.get("out") is not None:
         return True
     if node.op == "call_method":
         return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"

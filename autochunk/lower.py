@@ -29,7 +29,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autochunk.decompositions import DECOMPOSITIONS, FUNCTIONS
+from autochunk.decompositions import DECOMPOSITIONS, FUNCTIONS, REPLACED
 from autochunk.find import (
     fake,
     is_derivative,
@@ -598,5 +598,5 @@ def _is_view(node: fx.Node) -> bool:
 
 def is_liftable(op: Any) -> bool:
     """Whether an ATen op on logits has a rule, or is lowered to ops that have."""
-    named = (DECOMPOSITIONS, _CUTS, _SIZED, (aten.new_full.default,))
+    named = (DECOMPOSITIONS, REPLACED, _CUTS, _SIZED, (aten.new_full.default,))
     return any(op in table for table in named) or rule_for(op) is not None

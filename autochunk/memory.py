@@ -216,7 +216,9 @@ def written_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments that an in-place call writes to; the first one is what it returns."""
     if _written_by(node) is None:
         return ()
-    written = node.kwargs.get("out", node.args[0] if node.args else None)
+    written = node.kwargs.get("out")
+    if written is None:
+        written = node.args[0] if node.args else None
     return tuple(n for n in pytree.tree_leaves(written) if isinstance(n, fx.Node))
 
 
@@ -249,7 +251,7 @@ def _written_by(node: fx.Node) -> Access | None:
         return _written_by_schemas(node, [o for o in overloads if "out" not in o._overloadname])
     if node.op == "call_module" or is_grad_function(target):
         return None  # neither enters a cone
-    if "out" in node.kwargs and node.kwargs["out"] is not None:
+    if node.kwargs.get("out") is not None:
         return _writing([node.kwargs["out"]])
     if is_inplace(node) or _is_inplace_function(node):
         return _writing(node.args[:1])

@@ -514,6 +514,7 @@ def test_a_write_that_gets_lost_is_caught(no_codegen, monkeypatch):
     [
         (lambda a, b: F.relu(a, inplace=True), "a"),
         (lambda a, b: torch.add(a, 1, out=b), "b"),
+        (lambda a, b: torch.add(a, 1, out=None), ""),
         (lambda a, b: a.__setitem__(0, b[0]), "a"),
         (lambda a, b: torch._foreach_mul_([a, b], 2.0), "ab"),
         (lambda a, b: a.view(-1)[:3].zero_(), "a"),
