@@ -43,7 +43,7 @@ def no_codegen(monkeypatch):
     A table of a hundred cases takes a second each this way; what Inductor makes of the graphs is
     tested by the cases marked for it and by the other test files. With AUTOCHUNK_KERNELS=real in
     the environment nothing is replaced, and all of them run with Inductor's kernels;
-    AUTOCHUNK_KERNELS=real:3/40 selects every 40th test, beginning with the third.
+    AUTOCHUNK_KERNELS=real:3/60 selects every 60th test, beginning with the third.
     """
     if KERNELS.startswith("real"):
         yield
