@@ -1,7 +1,7 @@
 """Body: a region's graph as a compiled kernel for one chunk of rows.
 
     1. Trace value and vjp of the body through autograd, with the chunk's shape, and make the
-       trace functional (``writes``).
+       trace functional (``kernel_writes``).
     2. Run Inductor's joint-graph passes, as AOTAutograd would, and those of ``gathers``.
     3. Peel the matrix products off, so that the loop does them in place:
          first    a product of two inputs (the head) fills the chunk's one logits buffer;

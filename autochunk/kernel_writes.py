@@ -1,4 +1,4 @@
-"""Writes: ops of a traced graph that modify a tensor, which Inductor takes for granted are none.
+"""Kernel writes: Inductor takes it for granted that no op of a graph modifies a tensor.
 
 Some derivatives are written with in-place ops (``cumprod``'s scatters into zeros), and tracing
 through autograd records them as they are. AOTAutograd functionalises what it traces; so do we, and

@@ -174,6 +174,8 @@ _SPLITS: dict[Any, Any] = {
 }
 
 
+_EXTREMA = (aten.amax.default, aten.amin.default)
+
 #: Of the ops that reduce everything, those that are told the dimensions.
 _WHOLE = {**_SPLITS, aten.count_nonzero.default: aten.count_nonzero.dim_IntList}
 _POSITIONS = (aten.argmax.default, aten.argmin.default)
@@ -232,6 +234,8 @@ def _reduce(walk: Walk, node: fx.Node) -> Result:
     if not feature_dims:
         raise Boundary("mixes-rows", f"{node.target} reduces over rows only")
     inner_target = _SPLITS[node.target]
+    if inner_target in _EXTREMA and x.needs_grad:
+        return _extremum(walk, inner_target, x, dims, bool(bound.get("keepdim", False)))
     inner: dict[str, Any] = {"self": x.node, "dim": stored_dims(x, feature_dims), "keepdim": True}
     out, outer_kwargs = node.meta["val"], {}
     if "dtype" in bound and out.dtype in (torch.float16, torch.bfloat16):
@@ -249,6 +253,58 @@ def _reduce(walk: Walk, node: fx.Node) -> Result:
         val=_split_val(x, shape, inner.get("dtype", out.dtype)),
     )
     return Split(value, outer_kwargs)
+
+
+def _extremum(walk: Walk, op: Any, x: RowValue, dims: list[int], keepdim: bool) -> Split:
+    """Each row's extremum and, beside it, how many features share it.
+
+    Elements that tie share the gradient evenly, of whatever rows they are. An extremum over rows of
+    the rows' extrema would share it evenly among rows, so each row's is weighted by its number.
+    """
+    feature_dims = [d for d in dims if not x.is_row[d]]
+    stored, beside, dtype = stored_dims(x, feature_dims), feature_dims[0], x.val.dtype
+    counted = torch.promote_types(dtype, torch.float32)
+    best = walk.emit(op, x.node, stored, True)
+    ties = walk.emit(aten.eq.Tensor, x.node, best)
+    count = walk.emit_bound(
+        aten.sum.dim_IntList, {"self": ties, "dim": stored, "keepdim": True, "dtype": counted}
+    )
+    best = walk.emit_bound(aten._to_copy.default, {"self": best, "dtype": counted})
+    shape = tuple(1 if d in feature_dims else s for d, s in enumerate(x.shape))
+    shape = (*shape[:beside], 2, *shape[beside + 1 :])
+
+    def outer(emit: Callable[..., Any], both: Any) -> Any:
+        best = emit(aten.slice.Tensor, both, beside, 0, 1)
+        fixed = emit(aten.detach.default, best)
+        count = emit(aten.detach.default, emit(aten.slice.Tensor, both, beside, 1, 2))
+        wins = emit(aten.eq.Tensor, fixed, emit(op, fixed, dims, True))
+        rows = emit(aten.sum.dim_IntList, wins, dims, True)
+        of_winners = emit(aten.mul.Tensor, count, wins)
+        ties = emit(aten.sum.dim_IntList, of_winners, dims, True)
+        share = emit(aten.div.Tensor, emit(aten.mul.Tensor, count, rows), ties)
+        share = emit(aten.where.ScalarOther, wins, share, 1)
+        # The value itself with ``share`` times its gradient, also where it is infinite.
+        change = emit(aten.mul.Tensor, share, emit(aten.sub.Tensor, best, fixed))
+        finite = emit(aten.lt.Scalar, emit(aten.abs.default, fixed), float("inf"))
+        weighted = emit(
+            aten.where.self,
+            finite,
+            emit(aten.add.Tensor, fixed, change),
+            emit(aten.mul.Tensor, share, best),
+        )
+        out = emit(op, weighted, dims, keepdim)
+        return out if counted == dtype else emit(aten.to.dtype, out, dtype)
+
+    value = RowValue(
+        node=walk.emit(aten.cat.default, [best, count], stored[0]),
+        is_row=x.is_row,
+        shape=shape,
+        chain=x.chain,
+        heads=x.heads,
+        needs_grad=True,
+        val=_split_val(x, shape, counted),
+    )
+    return Split(value, outer=outer)
 
 
 def _split_val(x: RowValue, shape: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:

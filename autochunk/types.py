@@ -14,7 +14,7 @@ Terms
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -335,15 +335,18 @@ class Region:
 class Split:
     """A reduction over rows *and* features, cut in two: features in the body, rows outside.
 
-    The outer op is the user's own, with its first argument replaced.
+    The outer op is the user's own, with its first argument replaced, or what ``outer`` makes.
 
     Attributes:
         inner: The body's part: features reduced with ``keepdim=True``.
         kwargs: Keyword arguments the outer op gets in addition.
+        outer: In place of the outer op: takes a function that calls (or records the call of) an op,
+            and the first argument.
     """
 
     inner: RowValue
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    outer: Callable[[Callable[..., Any], Any], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,19 @@ from torch._dynamo.backends.debugging import aot_eager
 import autochunk.backend
 import autochunk.body
 
+KERNELS = os.environ.get("AUTOCHUNK_KERNELS", "")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of the tests that can run with real kernels, the share that was asked for."""
+    if not KERNELS.startswith("real:"):
+        return
+    turn, shares = map(int, KERNELS.removeprefix("real:").split("/"))
+    able = [item for item in items if "no_codegen" in item.fixturenames]
+    chosen = set(able[turn % shares :: shares])
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
@@ -29,9 +42,10 @@ def no_codegen(monkeypatch):
 
     A table of a hundred cases takes a second each this way; what Inductor makes of the graphs is
     tested by the cases marked for it and by the other test files. With AUTOCHUNK_KERNELS=real in
-    the environment nothing is replaced, and all of them run with Inductor's kernels.
+    the environment nothing is replaced, and all of them run with Inductor's kernels;
+    AUTOCHUNK_KERNELS=real:3/60 selects every 60th test, beginning with the third.
     """
-    if os.environ.get("AUTOCHUNK_KERNELS") == "real":
+    if KERNELS.startswith("real"):
         yield
         return
 

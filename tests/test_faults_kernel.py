@@ -199,6 +199,56 @@ def test_fault_C_saturated(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+# ---- C2: ties between rows -----------------------------------------------------------------------
+
+
+def _rounded(x, w, shape=(N, V)):
+    z = F.linear(x, w)
+    clamped = z.detach().clamp(-9, 9)
+    return (clamped + (z - z.detach())).view(shape)  # many ties, unequally many in a row
+
+
+def _integers(dtype):
+    return [t.detach().mul(2).round().requires_grad_() for t in _inputs(dtype=dtype)]
+
+
+C2_FUNCTIONS = {
+    "max": lambda x, w: _rounded(x, w).max(),
+    "min": lambda x, w: _rounded(x, w).min() * 3,
+    "amax": lambda x, w: _rounded(x, w).amax((0, 1)),
+    "amin, kept": lambda x, w: _rounded(x, w).amin((0, 1), keepdim=True).square().sum(),
+    "some rows": lambda x, w: (_rounded(x, w, (4, 6, V)).amax((0, 2)) * torch.arange(6)).sum(),
+    "features first": lambda x, w: _rounded(x, w).t().max(),
+    "a half of features": lambda x, w: _rounded(x, w, (N, 2, 32)).amax((0, 2)).square().sum(),
+    "beside a loss": lambda x, w: F.cross_entropy(F.linear(x, w), LABELS) + _rounded(x, w).max(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", C2_FUNCTIONS)
+def test_fault_C2_ties_between_rows(name, dtype, no_codegen):
+    """All that tie share the gradient evenly, as in eager."""
+    _compare(C2_FUNCTIONS[name], _integers(dtype), dtype)
+
+
+def test_fault_C2_infinite(no_codegen):
+    def function(x, w):
+        z = F.linear(x, w)
+        return (z + torch.where(z.detach() > 9, torch.inf, 0.0)).max()
+
+    inputs = _integers(torch.float32)
+    actual = run(lambda *a: autochunk.explain(function, options=OPTIONS)(*a).result, inputs)
+    expected = run(function, inputs)
+    assert actual.outputs[0] == torch.inf
+    for ours, theirs in zip(actual.gradients, expected.gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_fault_C2_with_kernels():
+    _compare(C2_FUNCTIONS["max"], _integers(torch.float32))
+    _compare(C2_FUNCTIONS["some rows"], _integers(torch.float32))
+
+
 # ---- C3: labels that are padded ------------------------------------------------------------------
 
 
@@ -211,3 +261,38 @@ def test_fault_C3_multilabel_margin_loss_with_padded_labels(reduction):
         lambda x, w: F.multilabel_margin_loss(F.linear(x, w), labels, reduction=reduction),
         _inputs(),
     )
+
+
+# ---- V: the size of a chunk and the last bit -----------------------------------------------------
+
+
+def _compiled_log_probabilities(**options):
+    def log_probabilities(x, w, y):
+        return -F.cross_entropy(F.linear(x, w).float(), y, reduction="none")
+
+    return torch.compile(
+        log_probabilities,
+        backend="autochunk",
+        dynamic=False,
+        options={"strict": True, "min_bytes": 0, **options},
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fault_V_equal_chunks_give_equal_bits(dtype):
+    """The same rows alone, in a larger batch and in another order."""
+    w, x = torch.randn(512, 64).to(dtype), torch.randn(96, 64).to(dtype)
+    y, order = torch.randint(0, 512, (96,)), torch.randperm(96)
+    found = _compiled_log_probabilities(chunk_rows=32)
+    whole = found(x, w, y)
+    assert torch.equal(found(x[32:64], w, y[32:64]), whole[32:64])
+    assert torch.equal(found(x[:64], w, y[:64]), whole[:64])
+    assert torch.equal(found(x[order], w, y[order]), whole[order])
+
+
+def test_fault_V_other_sizes_differ_by_rounding_only():
+    w, x, y = torch.randn(512, 64), torch.randn(96, 64), torch.randint(0, 512, (96,))
+    exact = F.log_softmax(F.linear(x.double(), w.double()), -1).gather(1, y[:, None])[:, 0]
+    for rows in (1, 2, 7, 95):
+        found = _compiled_log_probabilities(chunk_rows=rows)(x, w, y)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-5)
