@@ -310,7 +310,13 @@ def _call(
         raise NotImplementedError(f"cannot lower a {node.op} node: {node.format_node()}")
     if grad_enabled or written:
         return value
-    return pytree.tree_map_only(torch.Tensor, torch.detach, value)
+    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+
+    def detached(made: torch.Tensor) -> torch.Tensor:
+        # ``z.float()`` of float32 is ``z`` itself, with its gradients, whatever the mode.
+        return made if any(made is tensor for tensor in given) else made.detach()
+
+    return pytree.tree_map_only(torch.Tensor, detached, value)
 
 
 def _call_head(candidate: Candidate, env: dict[fx.Node, Any]) -> torch.Tensor:

@@ -126,6 +126,17 @@ REGRESSIONS = {
         seen=("r3",),
         unit="both",
     ),
+    # What returns its argument keeps its gradients in any mode; they were cut.
+    "a cast that does nothing under no_grad": Step(
+        forward=(
+            "q1 = self.head(x)",
+            "z2 = q1.flatten(0, 1)",
+            "with torch.no_grad():\n    z3 = up(z2)",
+            "s4 = F.cross_entropy(z3, y)",
+            "s5 = z2.square().mean()",
+        ),
+        loss=("s4", "s5"),
+    ),
     # Fault J.
     "a learned weight of a loss": Step(
         forward=(
