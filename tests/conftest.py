@@ -1,10 +1,21 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and which of them run with Inductor's kernels.
+
+The tests of ``OP_BY_OP`` run their graphs op by op (the fixture ``no_codegen``), but for a share of
+them, another one each day, that has Inductor's kernels. The header of pytest's report names it:
+
+    AUTOCHUNK_KERNELS=3/80    repeats the share of a day: the third (from 0) of 80
+    AUTOCHUNK_KERNELS=real    all of them, and the other tests with the fixture
+    AUTOCHUNK_KERNELS=none    none of them
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
+import zlib
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +24,47 @@ from torch._dynamo.backends.debugging import aot_eager
 import autochunk.backend
 import autochunk.body
 
-KERNELS = os.environ.get("AUTOCHUNK_KERNELS", "")
+KERNELS = "AUTOCHUNK_KERNELS"
+SHARES = 80
+#: Not tests/test_property.py: each of its tests is dozens of programs, minutes with kernels.
+OP_BY_OP = ("test_rules.py", "test_cases.py", "test_gallery.py", "test_writes.py")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Of the tests that can run with real kernels, the share that was asked for."""
-    if not KERNELS.startswith("real:"):
-        return
-    turn, shares = map(int, KERNELS.removeprefix("real:").split("/"))
-    able = [item for item in items if "no_codegen" in item.fixturenames]
-    chosen = set(able[turn % shares :: shares])
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = [item for item in items if item in chosen]
+def kernels_of_the_day(today: datetime.date) -> str:
+    """``"3/80"``: the share that runs with Inductor's kernels on this day."""
+    return f"{today.toordinal() % SHARES}/{SHARES}"
+
+
+def has_kernels(node_id: str, kernels: str) -> bool:
+    """Whether a test runs with Inductor's kernels.
+
+    Args:
+        node_id: Of pytest, such as ``"tests/test_rules.py::test_rule[exp]"``.
+        kernels: ``"real"``, ``"none"`` or ``"3/80"``.
+
+    Raises:
+        pytest.UsageError: If ``kernels`` is none of these.
+    """
+    if kernels in ("real", "none"):
+        return kernels == "real"
+    share, _, shares = kernels.partition("/")
+    if not (share.isdecimal() and shares.isdecimal() and int(share) < int(shares)):
+        raise pytest.UsageError(f"{KERNELS} is {kernels!r}; it takes 'real', 'none' or '3/80'")
+    path, _, name = node_id.partition("::")
+    file = Path(path).name
+    if file not in OP_BY_OP:
+        return False
+    # Without the folder: the same share wherever pytest was started.
+    return zlib.crc32(f"{file}::{name}".encode()) % int(shares) == int(share)
+
+
+def pytest_configure(config):
+    """Workers of pytest-xdist inherit the share, also past midnight."""
+    has_kernels("", os.environ.setdefault(KERNELS, kernels_of_the_day(datetime.date.today())))
+
+
+def pytest_report_header(config):
+    return f"{KERNELS}={os.environ[KERNELS]}"
 
 
 @pytest.fixture(autouse=True)
@@ -37,15 +77,14 @@ def _fresh_dynamo():
 
 
 @pytest.fixture
-def no_codegen(monkeypatch):
+def no_codegen(monkeypatch, request):
     """Runs the compiled graphs op by op: everything of ours is exercised, C++ is not compiled.
 
     A table of a hundred cases takes a second each this way; what Inductor makes of the graphs is
-    tested by the cases marked for it and by the other test files. With AUTOCHUNK_KERNELS=real in
-    the environment nothing is replaced, and all of them run with Inductor's kernels;
-    AUTOCHUNK_KERNELS=real:3/60 selects every 60th test, beginning with the third.
+    tested by the cases marked for it, by the other test files and by a share of these tests that
+    changes from day to day (AUTOCHUNK_KERNELS, above), for which nothing is replaced.
     """
-    if KERNELS.startswith("real"):
+    if has_kernels(request.node.nodeid, os.environ[KERNELS]):
         yield
         return
 
