@@ -253,7 +253,9 @@ class _Writer:
             self.trace = node.meta.get("stack_trace")
             split = self.lifted.splits.get(node)
             args, kwargs = node.args, dict(node.kwargs)
-            if split is not None:
+            if split is not None and split.outer is not None:
+                made = split.outer(self._emit, self._value(split.inner))
+            elif split is not None:
                 first = self._value(split.inner)
                 rest = fx.map_arg(node.args[1:], self._get)
                 made = self._emit(

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from autochunk import extrema
 from autochunk.decompositions import REDUCING_LOSSES
 from autochunk.find import hint, is_differentiable
 from autochunk.types import RowValue, Split
@@ -174,6 +175,8 @@ _SPLITS: dict[Any, Any] = {
 }
 
 
+_EXTREMA = (aten.amax.default, aten.amin.default)
+
 #: Of the ops that reduce everything, those that are told the dimensions.
 _WHOLE = {**_SPLITS, aten.count_nonzero.default: aten.count_nonzero.dim_IntList}
 _POSITIONS = (aten.argmax.default, aten.argmin.default)
@@ -232,6 +235,8 @@ def _reduce(walk: Walk, node: fx.Node) -> Result:
     if not feature_dims:
         raise Boundary("mixes-rows", f"{node.target} reduces over rows only")
     inner_target = _SPLITS[node.target]
+    if inner_target in _EXTREMA and x.needs_grad and is_differentiable(node.meta["val"]):
+        return _split_extremum(walk, node, x, dims, bound.get("keepdim", False))
     inner: dict[str, Any] = {"self": x.node, "dim": stored_dims(x, feature_dims), "keepdim": True}
     out, outer_kwargs = node.meta["val"], {}
     if "dtype" in bound and out.dtype in (torch.float16, torch.bfloat16):
@@ -249,6 +254,37 @@ def _reduce(walk: Walk, node: fx.Node) -> Result:
         val=_split_val(x, shape, inner.get("dtype", out.dtype)),
     )
     return Split(value, outer_kwargs)
+
+
+# The extremum of the rows' extrema is that of all; ties between rows take their counts along.
+def _split_extremum(
+    walk: Walk, node: fx.Node, x: RowValue, dims: Sequence[int], keepdim: bool
+) -> Split:
+    target, out = _SPLITS[node.target], node.meta["val"]
+    nan_ties = node.target in (aten.max.default, aten.min.default)
+    dtype = extrema.packed_dtype(out.dtype)
+    # The dimension that comes first where the body stores it.
+    feature_dims = sorted((d for d in dims if not x.is_row[d]), key=lambda d: stored_dims(x, [d]))
+    along = feature_dims[0]
+    shape = tuple(1 if d in feature_dims else s for d, s in enumerate(x.shape))
+    shape = (*shape[:along], extrema.PACKED, *shape[along + 1 :])
+    stored = stored_dims(x, feature_dims)
+    value = RowValue(
+        node=extrema.pack(walk.emit, target, x.node, stored, dtype, nan_ties),
+        is_row=x.is_row,
+        shape=shape,
+        chain=x.chain,
+        heads=x.heads,
+        needs_grad=True,
+        val=_split_val(x, shape, dtype),
+    )
+
+    def outer(emit: extrema.Emit, packed: Any) -> Any:
+        return extrema.combine(
+            emit, target, packed, along, list(dims), keepdim, out.dtype, nan_ties
+        )
+
+    return Split(value, outer=outer)
 
 
 def _split_val(x: RowValue, shape: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:

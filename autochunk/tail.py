@@ -192,6 +192,9 @@ def _trace_vjp(
 
             for node in nodes:
                 split = lifted.splits.get(node)
+                if split is not None and split.outer is not None:
+                    env[node] = split.outer(_call, read(split.inner))
+                    continue
                 if split is not None:
                     args_ = (read(split.inner), *map_args(node.args[1:], env))
                     kwargs = {**map_args(node.kwargs, env), **split.kwargs}
@@ -217,6 +220,10 @@ def _trace_vjp(
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph, list(inputs)
+
+
+def _call(target: Any, *args: Any, **kwargs: Any) -> Any:
+    return target(*args, **kwargs)
 
 
 def map_args(args: Any, env: dict[fx.Node, Any]) -> Any:

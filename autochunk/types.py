@@ -14,7 +14,7 @@ Terms
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -333,15 +333,18 @@ class Region:
 class Split:
     """A reduction over rows *and* features, cut in two: features in the body, rows outside.
 
-    The outer op is the user's own, with its first argument replaced.
+    The outer op is the user's own, with its first argument replaced, or ``outer``.
 
     Attributes:
         inner: The body's part: features reduced with ``keepdim=True``.
         kwargs: Keyword arguments the outer op gets in addition.
+        outer: Several ops in its place: called with a function that applies an op, and with the
+            inner value in the user's shape.
     """
 
     inner: RowValue
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    outer: Callable[[Callable[..., Any], Any], Any] | None = None
 
 
 @dataclass(frozen=True)
