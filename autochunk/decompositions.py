@@ -168,3 +168,10 @@ FUNCTIONS: Mapping[Any, Callable[..., Tensor]] = {
     **{theirs: _as_functional(theirs, ours) for theirs, _, ours in _OURS},
     **{theirs: ours for _, theirs, ours in _OURS},
 }
+
+#: The ops inside of those functions.
+REPLACED = (
+    aten.multi_margin_loss.default,
+    aten.multilabel_margin_loss_forward.default,
+    aten.binary_cross_entropy_with_logits.default,
+)

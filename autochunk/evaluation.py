@@ -51,6 +51,7 @@ class Program:
         static: For each of ``others`` and ``own`` the dimensions of a size that never changes;
             None where the sizes of the first call are taken for those of all calls.
         owner: Whose it is.
+        use: What is remembered from call to call.
     """
 
     run: Callable[..., Any]
@@ -60,6 +61,7 @@ class Program:
     formulas: tuple[Any, ...]
     static: tuple[tuple[int, ...], ...] | None
     owner: Programs
+    use: _Use
 
     def call(self, tensors: Sequence[Tensor]) -> Any:
         """Runs it on ``others`` and ``own``, or aliases of them that nobody else has."""
@@ -267,10 +269,48 @@ class Programs:
 
 @dataclass(frozen=True)
 class _Made:
-    """A compiled expression, and whether its sizes are symbolic from the first call on."""
+    """A compiled expression.
+
+    Attributes:
+        run: The compiled function.
+        dynamic: Whether its sizes are symbolic from the first call on.
+        use: Of its results.
+    """
 
     run: Callable[..., Any]
     dynamic: bool
+    use: _Use = field(default_factory=lambda: _Use())
+
+
+class _Use:
+    """Whether the gradients of a program's results are asked for.
+
+    A chunked loss computes them with its value. Where a loss was dropped without a backward pass
+    (``loss.item()`` without ``no_grad``), the next value is computed alone, and its gradients in
+    the backward pass, should there be one.
+
+    Attributes:
+        later: Which results have a gradient, where the next evaluation leaves it for later; None
+            otherwise.
+    """
+
+    def __init__(self) -> None:
+        self.later: tuple[bool, ...] | None = None
+
+
+class _Pending:
+    """Lives as long as results whose gradients nobody has asked for."""
+
+    def __init__(self, use: _Use, differentiable: tuple[bool, ...]) -> None:
+        self._use = use
+        self._differentiable: tuple[bool, ...] | None = differentiable
+
+    def asked(self) -> None:
+        self._use.later = self._differentiable = None
+
+    def __del__(self) -> None:
+        if self._differentiable is not None:
+            self._use.later = self._differentiable
 
 
 #: Expressions that are compiled before recording is given up: each differs from all others.
@@ -312,6 +352,7 @@ def evaluate(step: Step, programs: Programs, needs_grad: bool) -> Any:
         formulas=tuple(writer.formulas),
         static=writer.static() if made.dynamic else None,
         owner=programs,
+        use=made.use,
     )
     try:
         with compiled_code_only():
@@ -368,19 +409,28 @@ class _Evaluated(torch.autograd.Function):
     ) -> Any:
         tensors = tensors[n_edges:]
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        with torch.enable_grad(), _alone(program):
-            results = program.call(leaves)
+        later = program.use.later
+        results = NotImplemented if later is None else _without_gradients(program, tensors)
+        is_later = results is not NotImplemented
+        if not is_later:
+            results = _with_gradients(program, leaves)
         found, spec = pytree.tree_flatten(results)
         kept.append(spec)
+        have_grad = tuple(isinstance(r, Tensor) and r.requires_grad for r in found)
+        if is_later and later is not None:
+            have_grad = later
         ctx.program, ctx.step, ctx.n_edges = program, step, n_edges
-        ctx.leaves, ctx.results = leaves, found
+        ctx.leaves, ctx.results = leaves, None if is_later else found
+        # Gradients of numbers per row are computed in the backward pass in any case.
+        is_loss = all(r.numel() == 1 for r, has in zip(found, have_grad, strict=True) if has)
+        ctx.pending = _Pending(program.use, have_grad) if is_loss else None
         ctx.save_for_backward(*tensors)
         outputs = tuple(_fresh(result) for result in found)
         ctx.mark_non_differentiable(
             *(
                 output
-                for output, result in zip(outputs, found, strict=True)
-                if isinstance(result, Tensor) and not result.requires_grad
+                for output, has in zip(outputs, have_grad, strict=True)
+                if isinstance(output, Tensor) and not has
             )
         )
         return outputs
@@ -393,10 +443,20 @@ class _Evaluated(torch.autograd.Function):
             ctx.needs_input_grad[4 : 4 + ctx.n_edges],
             ctx.needs_input_grad[4 + ctx.n_edges :],
         )
+        if ctx.pending is not None:
+            ctx.pending.asked()
         seen = any(formula.seen for formula in ctx.program.formulas)
         # Compiled code has no second derivative, and does not run in a fork.
         if torch.is_grad_enabled() or seen or not ctx.program.owner.is_usable():
             return None, None, None, None, *_through_logits(ctx, upstream, edges, tensors)
+        if ctx.results is None:
+            try:
+                with compiled_code_only():
+                    ctx.results = pytree.tree_leaves(_with_gradients(ctx.program, ctx.leaves))
+            except (NotCompiledError, RuntimeError) as error:
+                if reason_not_compiled(error) is None:
+                    raise
+                return None, None, None, None, *_through_logits(ctx, upstream, edges, tensors)
         pairs = [
             (result, grad)
             for result, grad in zip(ctx.results, upstream, strict=True)
@@ -415,6 +475,22 @@ class _Evaluated(torch.autograd.Function):
         direct = [next(found) if want else None for want in tensors]
         logits = [ctx.step.leaves[i] for i in ctx.step.deferred]
         return None, None, None, None, *no_gradients(logits, edges), *direct
+
+
+def _with_gradients(program: Program, leaves: Sequence[Tensor]) -> Any:
+    with torch.enable_grad(), _alone(program):
+        return program.call(leaves)
+
+
+def _without_gradients(program: Program, tensors: Sequence[Tensor]) -> Any:
+    """The results alone; ``NotImplemented`` where a stance forbids to compile that."""
+    try:
+        with torch.no_grad(), _alone(program):
+            return program.call([t.detach() for t in tensors])
+    except (NotCompiledError, RuntimeError) as error:
+        if reason_not_compiled(error) is None:
+            raise
+        return NotImplemented
 
 
 def _through_logits(

@@ -16,7 +16,9 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from autochunk.deferred import DeferredTensor
 from autochunk.types import NARROW, Candidate, Refusal
 
 #: Output features per input feature from which on a linear counts as amplifying.
@@ -132,6 +134,28 @@ def fake(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
+def wrapper_class(value: Any) -> str | None:
+    """The class of a tensor whose ops are redefined (quantised, nested, distributed), if it is one.
+
+    What the ops of such a tensor compute only its class knows. Deferred logits are not meant.
+    """
+    tensors = value if isinstance(value, (tuple, list)) else (value,)
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor) and type(tensor) is not DeferredTensor:
+            return f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    return None
+
+
+def refuse_subclass(node: fx.Node, source: str = "") -> Refusal | None:
+    """A call whose result or an operand is a tensor subclass."""
+    for value in (*node.all_input_nodes, node):
+        name = wrapper_class(fake(value))
+        if name is not None:
+            detail = f"{value.name} is a {name}"
+            return Refusal("tensor-subclass", op_name(node), detail, source or source_line(node))
+    return None
+
+
 def is_differentiable(value: Any) -> bool:
     """Whether a value, or one of several, is of a dtype that has gradients: real or complex."""
     if isinstance(value, (tuple, list)):
@@ -145,6 +169,8 @@ def hint(size: int | torch.SymInt) -> int:
     Symbols without a hint (unbacked: they depend on data) count as 4096.
     """
     if isinstance(size, torch.SymInt):
+        if size.node.is_nested_int():
+            return 1  # the length of a nested tensor's rows, which is no number
         if size.node.hint is not None:
             return int(size.node.hint)
         expr = size.node.expr
@@ -189,7 +215,7 @@ def op_name(node: fx.Node) -> str:
 def is_inplace(node: fx.Node) -> bool:
     """Whether a call of a Dynamo graph writes to a tensor."""
     name = op_name(node)
-    if "out" in node.kwargs:
+    if node.kwargs.get("out") is not None:
         return True
     if node.op == "call_method":
         return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
@@ -279,6 +305,9 @@ def _parse_einsum(
 def _refuse_at_a_glance(
     candidate: Candidate, min_bytes: int, layer: fx.Node | None
 ) -> Refusal | None:
+    subclass = refuse_subclass(candidate.node, candidate.source)
+    if subclass is not None:
+        return subclass
     if candidate.logits_bytes < min_bytes:
         return Refusal(
             "small",

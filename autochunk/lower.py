@@ -29,13 +29,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autochunk.decompositions import DECOMPOSITIONS, FUNCTIONS
+from autochunk.decompositions import DECOMPOSITIONS, FUNCTIONS, REPLACED
 from autochunk.find import (
     fake,
     is_derivative,
     is_differentiable,
     is_grad_function,
     op_name,
+    refuse_subclass,
     source_line,
 )
 from autochunk.memory import Conflict, Memory, storages, written_arguments
@@ -85,6 +86,9 @@ def refuse_to_lower(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
 
 def _refuse_call(node: fx.Node) -> Refusal | None:
     target = node.target
+    subclass = refuse_subclass(node)
+    if subclass is not None:
+        return subclass
     if isinstance(target, torch._ops.HigherOrderOperator):
         custom = "autograd_function" in str(target)
         code = "custom-function" if custom else "higher-order"
@@ -594,5 +598,5 @@ def _is_view(node: fx.Node) -> bool:
 
 def is_liftable(op: Any) -> bool:
     """Whether an ATen op on logits has a rule, or is lowered to ops that have."""
-    named = (DECOMPOSITIONS, _CUTS, _SIZED, (aten.new_full.default,))
+    named = (DECOMPOSITIONS, REPLACED, _CUTS, _SIZED, (aten.new_full.default,))
     return any(op in table for table in named) or rule_for(op) is not None

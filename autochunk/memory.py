@@ -7,8 +7,7 @@
 Two calls keep their order if one of them writes to a storage that the other one reads or writes.
 The fake tensors that Dynamo leaves tell storages apart: a view, a detached alias and the result of
 an in-place op share theirs. What a call writes to is told by its name, by its schema or by its
-arguments. An input whose fake's version has moved although no such call is known makes writers of
-all calls that take it.
+arguments. (The versions of the fakes tell nothing: making them moves some.)
 """
 
 from __future__ import annotations
@@ -25,14 +24,26 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autochunk.find import fake, is_grad_function, is_inplace, op_name
 
+_aten = torch.ops.aten
+
 #: A storage, by the address of its record.
 Storage = int
 
 #: Calls that update arguments of theirs without saying so in their name: the positions and names
-#: of those, and of the switch that turns this on (None: always).
-_HIDDEN: Mapping[Any, tuple[tuple[tuple[int, str], ...], tuple[int, str] | None]] = {
+#: of those, and of the switch that turns this on.
+_HIDDEN: Mapping[Any, tuple[tuple[tuple[int, str], ...], tuple[int, str]]] = {
     F.batch_norm: (((1, "running_mean"), (2, "running_var")), (5, "training")),
     F.instance_norm: (((1, "running_mean"), (2, "running_var")), (5, "use_input_stats")),
+    **dict.fromkeys(
+        (
+            torch.batch_norm,
+            torch.native_batch_norm,
+            _aten.native_batch_norm.default,
+            _aten.batch_norm.default,
+        ),
+        (((3, "running_mean"), (4, "running_var")), (5, "training")),
+    ),
+    torch.instance_norm: (((3, "running_mean"), (4, "running_var")), (5, "use_input_stats")),
     F.embedding: (((1, "weight"),), (3, "max_norm")),
     F.embedding_bag: (((1, "weight"),), (3, "max_norm")),
 }
@@ -77,13 +88,8 @@ class Memory:
                 holders.setdefault(storage, []).append(node)
         writers = {node: found for node in graph.nodes if (found := _written_by(node)) is not None}
         known = frozenset().union(*(access.writes for access in writers.values()))
-        unexplained = {
-            storage
-            for storage, nodes in holders.items()
-            if storage not in known and any(map(_was_written, nodes))
-        }
-        if not known and not unexplained:
-            return Memory({}, {s: tuple(nodes) for s, nodes in holders.items()}, frozenset())
+        if not known:
+            return Memory({}, {s: tuple(nodes) for s, nodes in holders.items()}, known)
         accesses = {}
         for node in graph.nodes:
             if node.op in ("placeholder", "get_attr", "output"):
@@ -91,15 +97,8 @@ class Memory:
             write = writers.get(node, Access())
             taken = frozenset().union(*(storages(fake(arg)) for arg in node.all_input_nodes))
             reads = taken if node in writers else taken - _viewed(node)
-            suspected = reads & unexplained
-            accesses[node] = Access(
-                reads, write.writes | suspected, write.hidden or bool(suspected)
-            )
-        return Memory(
-            accesses,
-            {s: tuple(nodes) for s, nodes in holders.items()},
-            known | frozenset(unexplained),
-        )
+            accesses[node] = Access(reads, write.writes, write.hidden)
+        return Memory(accesses, {s: tuple(nodes) for s, nodes in holders.items()}, known)
 
     def access(self, node: fx.Node) -> Access:
         return self.accesses.get(node, Access())
@@ -217,7 +216,9 @@ def written_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments that an in-place call writes to; the first one is what it returns."""
     if _written_by(node) is None:
         return ()
-    written = node.kwargs.get("out", node.args[0] if node.args else None)
+    written = node.kwargs.get("out")
+    if written is None:
+        written = node.args[0] if node.args else None
     return tuple(n for n in pytree.tree_leaves(written) if isinstance(n, fx.Node))
 
 
@@ -238,6 +239,11 @@ def _written_by(node: fx.Node) -> Access | None:
     target = node.target
     if isinstance(target, torch._ops.HigherOrderOperator):
         return _written_by_body(node, target)
+    if target in _HIDDEN:
+        arguments, switch = _HIDDEN[target]
+        on = _argument(node, *switch) not in (_MISSING, None, False)
+        written = (_argument(node, *argument) for argument in arguments)
+        return _writing(written, hidden=True) if on else None
     if isinstance(target, torch._ops.OpOverload):
         return _written_by_schemas(node, [target])
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -245,11 +251,7 @@ def _written_by(node: fx.Node) -> Access | None:
         return _written_by_schemas(node, [o for o in overloads if "out" not in o._overloadname])
     if node.op == "call_module" or is_grad_function(target):
         return None  # neither enters a cone
-    if target in _HIDDEN:
-        arguments, switch = _HIDDEN[target]
-        if switch is None or _argument(node, *switch) not in (_MISSING, None, False):
-            return _writing((_argument(node, *argument) for argument in arguments), hidden=True)
-    if "out" in node.kwargs and node.kwargs["out"] is not None:
+    if node.kwargs.get("out") is not None:
         return _writing([node.kwargs["out"]])
     if is_inplace(node) or _is_inplace_function(node):
         return _writing(node.args[:1])
@@ -311,14 +313,3 @@ def _argument(node: fx.Node, position: int, name: str) -> Any:
     if name in node.kwargs:
         return node.kwargs[name]
     return node.args[position] if position < len(node.args) else _MISSING
-
-
-def _was_written(node: fx.Node) -> bool:
-    """Whether Dynamo's own run of the graph moved the version of an input.
-
-    That of a tensor made in the graph tells nothing: the call that makes it may move it.
-    """
-    value = fake(node)
-    if node.op != "placeholder" or not isinstance(value, Tensor) or value.is_inference():
-        return False
-    return value._version > 0

@@ -513,7 +513,7 @@ class _Writer:
                 self.sizes.setdefault(expr, node)
         elif isinstance(val, torch.Tensor):
             for d, size in enumerate(val.shape):
-                if isinstance(size, torch.SymInt):
+                if isinstance(size, torch.SymInt) and not size.node.is_nested_int():
                     expr = size.node.expr
                     if isinstance(expr, sympy.Symbol) and expr not in self.sizes:
                         self.sizes[expr] = self._emit(aten.sym_size.int, node, d)

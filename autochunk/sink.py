@@ -28,6 +28,7 @@ from autochunk.find import (
     is_inplace,
     op_name,
     parse_linear,
+    refuse_subclass,
 )
 from autochunk.memory import Access, Memory
 from autochunk.types import NARROW, Candidate, Lowered
@@ -103,7 +104,7 @@ def _is_pure(node: fx.Node, access: Access) -> bool:
         return str(target).split(".")[0] in ("aten", "prims")
     if isinstance(target, torch._ops.HigherOrderOperator) or is_grad_function(target):
         return False
-    if is_derivative(node):
+    if is_derivative(node) or refuse_subclass(node) is not None:
         return False
     return parse_linear(node) is None and target not in LAYERS
 

@@ -51,6 +51,8 @@ REFUSAL_CODES: Mapping[str, str] = {
     "the logits are written to a tensor that outlives the call.",
     "higher-order": "The head is inside a higher-order op (`torch.cond`, `while_loop`, "
     "`torch.utils.checkpoint`) or a `torch.func` transform, or its output enters one.",
+    "tensor-subclass": "A tensor that the head's computation reads is of a subclass with ops of "
+    "its own (quantised, nested, distributed), so what they compute cannot be known here.",
     "custom-function": "The logits enter a custom autograd Function or a custom operator.",
     "not-fusable": 'The option `strategy="fused"` was given, but the loss is not affine in the '
     "per-row values, or they reach more than one loss; their gradients are not known in advance.",

@@ -146,7 +146,7 @@ def refuse_writes(
         access = memory.access(node)
         if node not in cone or not access.writes:
             continue
-        reason = _not_functional(graph, node, memory, grad_enabled)
+        reason = _not_functional(node, memory, grad_enabled)
         if reason is not None:
             conflict = conflict_behind(cone, node)
             if conflict is not None:
@@ -155,9 +155,7 @@ def refuse_writes(
     return None
 
 
-def _not_functional(
-    graph: fx.Graph, node: fx.Node, memory: Memory, grad_enabled: bool
-) -> str | None:
+def _not_functional(node: fx.Node, memory: Memory, grad_enabled: bool) -> str | None:
     """Why a write cannot be made a value of its own, if it cannot."""
     access = memory.access(node)
     for storage in sorted(access.writes):
@@ -173,16 +171,9 @@ def _not_functional(
         recorded = grad_enabled and any(
             _carries_gradient(arg) for arg in written_arguments(node) if arg in holders
         )
-        last = memory.is_input(storage) and not _is_read_after(graph, memory, node, storage)
-        if any(map(_carries_gradient, holders)) and not recorded and not last:
+        if any(map(_carries_gradient, holders)) and not recorded:
             return f"{op_name(node)} writes to {name}, which has a gradient, behind autograd's back"
     return None
-
-
-def _is_read_after(graph: fx.Graph, memory: Memory, node: fx.Node, storage: Storage) -> bool:
-    calls = list(graph.nodes)
-    later = calls[calls.index(node) + 1 :]
-    return any(storage in memory.access(call).reads for call in later)
 
 
 def conflict_behind(cone: Mapping[fx.Node, Conflict | None], node: fx.Node) -> Conflict | None:

@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from compare import check, run, widened
 from torch import Tensor, nn
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
 
 import autochunk
 import autochunk.backend
@@ -512,3 +515,156 @@ def test_fault_Y2_one_of_several_wide_results() -> None:
     """Found beside Y2: what takes one of several results moved without what makes them."""
     t_NV = torch.randn(N, V, requires_grad=True)
     assert chunked(halves, (*data(), t_NV)) == ["fused"]
+
+
+# ---- X4: tensor subclasses -----------------------------------------------------------------------
+
+
+class Quantised(Tensor):
+    """A weight of 8 bits with a scale for each row, as torchao's are made: a wrapper."""
+
+    @staticmethod
+    def __new__(cls, int8_VH: Tensor, scale_V1: Tensor) -> Quantised:
+        made: Quantised = Tensor._make_wrapper_subclass(
+            cls, int8_VH.shape, dtype=scale_V1.dtype, device=int8_VH.device
+        )
+        return made
+
+    def __init__(self, int8_VH: Tensor, scale_V1: Tensor) -> None:
+        self.int8_VH, self.scale_V1 = int8_VH, scale_V1
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Quantised({tuple(self.shape)})"  # a log of the compiler's shows it
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["int8_VH", "scale_V1"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Quantised:
+        return Quantised(inner["int8_VH"], inner["scale_V1"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            alias = Quantised(args[0].int8_VH, args[0].scale_V1)
+            return return_and_correct_aliasing(func, args, kwargs or {}, alias)
+        args, kwargs = tree_map_only(
+            Quantised, lambda t: t.int8_VH.to(t.scale_V1.dtype) * t.scale_V1, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+
+def quantised(rows: int = V) -> Quantised:
+    return Quantised(torch.randint(-99, 99, (rows, H), dtype=torch.int8), torch.rand(rows, 1) / 99)
+
+
+def two(tensor: Tensor) -> Tensor:
+    made: Tensor = TwoTensor(tensor.detach(), tensor.detach().clone())
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def logits_of(x_NH: Tensor, w_VH: Tensor, *_: Tensor) -> Tensor:
+    return F.linear(x_NH, w_VH)
+
+
+@pytest.mark.parametrize("function", [loss_of, logits_of])
+def test_fault_X4_a_quantised_weight(function: Callable[..., Tensor]) -> None:
+    """Refused before anything runs, whether the loss is inside or outside."""
+    x_NH, _, y_N = data()
+    (refusal,) = refusals(function, (x_NH, quantised(), y_N))
+    assert refusal.code == "tensor-subclass"
+    assert refusal.detail.endswith("_w_vh_ is a test_faults_backend.Quantised")
+    assert "test_faults_backend.py" in refusal.source
+
+
+def test_fault_X4_a_quantised_layer_below_the_head() -> None:
+    """Its output is an ordinary tensor."""
+    x_NH, w_VH, y_N = data()
+    layer = quantised(H)
+
+    def deep(x_NH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
+        return loss_of(F.linear(x_NH, layer), w_VH, y_N)
+
+    with collect() as reports:
+        loss = compiled(deep)(x_NH, w_VH, y_N)
+    torch.testing.assert_close(loss, deep(x_NH, w_VH, y_N))
+    assert [row.strategy for row in reports[0].rows] == ["fused"]
+
+
+def weighted(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, weight_N: Tensor) -> Tensor:
+    return (rowwise(x_NH, w_VH, y_N) * weight_N).mean()
+
+
+@pytest.mark.usefixtures("no_codegen")
+@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize("levels", [1, 2])
+def test_fault_X4_a_wrapper_anywhere_near_the_head(position: int, levels: int) -> None:
+    inputs = [*data(), torch.rand(N)]
+    for _ in range(levels):
+        if levels == 2 and isinstance(inputs[position], TwoTensor):
+            inner = inputs[position]
+            inputs[position] = TwoTensor(inner.detach(), inner.detach().clone())
+        else:
+            inputs[position] = two(inputs[position])
+    with collect() as reports:
+        loss = compiled(weighted)(*inputs)
+        expected = weighted(*inputs)
+    for found, wanted in ((loss.a, expected.a), (loss.b, expected.b)):
+        torch.testing.assert_close(tree_map_only(TwoTensor, lambda t: t.a, found), found)
+        assert type(found) is type(wanted)
+    (row,) = reports[0].rows
+    assert row.refusal is not None
+    assert row.refusal.code == "tensor-subclass"
+    assert row.refusal.detail.endswith("is a torch.testing._internal.two_tensor.TwoTensor")
+
+
+def jagged(rows_JH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(rows_JH, w_VH).values(), y_N)
+
+
+def of_the_values(rows_JH: Tensor, w_VH: Tensor, y_N: Tensor) -> Tensor:
+    return loss_of(rows_JH.values(), w_VH, y_N)
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_fault_X4_a_jagged_tensor() -> None:
+    x_NH, w_VH, y_N = data()
+    parts = list(x_NH.detach().split([20, N - 20]))
+    rows_JH = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    (refusal,) = refusals(jagged, (rows_JH, w_VH, y_N))
+    assert refusal.code == "tensor-subclass"
+    assert refusal.detail.endswith("is a torch.nested._internal.nested_tensor.NestedTensor")
+    with collect() as reports:
+        loss = compiled(of_the_values)(rows_JH, w_VH, y_N)
+    torch.testing.assert_close(loss, loss_of(x_NH, w_VH, y_N))
+    assert [row.strategy for row in reports[0].rows] == ["fused"]
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_fault_X4_a_distributed_weight(tmp_path: Path) -> None:
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("no gloo")
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        inputs = [distribute_tensor(t, mesh, [Replicate()]) for t in data()]
+        with collect() as reports:
+            loss = compiled(loss_of)(*inputs)
+        torch.testing.assert_close(loss.to_local(), loss_of(*inputs).to_local())
+    finally:
+        dist.destroy_process_group()
+    (row,) = reports[0].rows
+    assert row.refusal is not None
+    assert row.refusal.code == "tensor-subclass"
+    assert "DTensor" in row.refusal.detail
+
+
+def test_fault_X4_the_functional_form_says_so() -> None:
+    x_NH, _, y_N = data()
+    with pytest.raises(autochunk.RefusedError, match=r"is a test_faults_backend\.Quantised"):
+        autochunk.chunked_linear(F.cross_entropy, x_NH, quantised(), y_N)

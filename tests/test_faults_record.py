@@ -365,3 +365,77 @@ def test_fault_Z4_training_is_compiled(compilations):
     step = torch.compile(model, backend="autochunk", options=OPTIONS)
     _compare(model, step, _loss, ids)
     assert compilations == {"graphs": 2, "kernels": 1}
+
+
+def _strategies(reports: list[Any]) -> list[str]:
+    return [row.strategy for report in reports for row in report.chunked]
+
+
+def test_fault_Z2_gradients_that_nobody_asks_for(no_codegen):
+    """After a loss that was dropped the next is a value alone; its backward pass is still right."""
+    model, ids = Model(), torch.randint(128, (2, 9))
+    step = torch.compile(model, backend="autochunk", options=OPTIONS)
+    expected = _loss(model(ids), ids).item()
+    with collect() as reports:
+        assert _loss(step(ids), ids).item() == pytest.approx(expected)
+        assert _strategies(reports) == ["deferred", "fused"]
+        for _ in range(3):
+            assert _loss(step(ids), ids).item() == pytest.approx(expected)
+        assert _strategies(reports) == ["deferred", "fused", "forward"]
+        logits = step(ids)
+        use = next(iter(logits._formula.compiler.made.values())).use
+        assert use.later == (True,)
+        _compare(model, step, _loss, ids)
+        assert use.later is None
+        _compare(model, step, _loss, ids)
+    assert use.later is None
+    assert _strategies(reports) == ["deferred", "fused", "forward"]
+
+
+@torch._functorch.config.patch(donated_buffer=False)
+def test_fault_Z2_a_backward_pass_of_a_value_alone(no_codegen):
+    """Retained, repeated, with respect to the logits, with a second result without gradients."""
+    model, ids = Model(), torch.randint(128, (2, 9))
+    step = torch.compile(model, backend="autochunk", options=OPTIONS)
+    second = torch.compile(
+        lambda z, y: (_loss(z, y), z.detach().amax(-1).sum()), backend="autochunk", options=OPTIONS
+    )
+    both = lambda z, y: (_loss(z, y), z.detach().amax(-1).sum())  # noqa: E731
+    for _ in range(2):
+        second(step(ids), ids)
+    results = []
+    for function, loss in ((model, both), (step, second)):
+        model.zero_grad()
+        logits = function(ids)
+        value, largest = loss(logits, ids)
+        assert not largest.requires_grad
+        value.backward(retain_graph=True)
+        (3 * value).backward(retain_graph=True)
+        (by_logits,) = torch.autograd.grad(value, logits)
+        results.append([value.detach(), largest, by_logits, *(p.grad for p in model.parameters())])
+        results[-1] = [t.clone() for t in results[-1]]
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_fault_Z2_weights_modified_before_the_backward_pass(no_codegen):
+    model, ids = Model(), torch.randint(128, (2, 9))
+    step = torch.compile(model, backend="autochunk", options=OPTIONS)
+    for _ in range(2):
+        _loss(step(ids), ids)
+    value = _loss(step(ids), ids)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.parametrize("when", ["value", "backward"])
+def test_fault_Z2_under_a_stance(when, no_codegen):
+    """Code with gradients is there, and code for the value alone may not be compiled any more."""
+    model, ids = Model(), torch.randint(128, (2, 9))
+    step = torch.compile(model, backend="autochunk", options=OPTIONS)
+    for _ in range(1 if when == "value" else 3):
+        _loss(step(ids), ids).item()
+    with collect() as reports, torch.compiler.set_stance("fail_on_recompile"):
+        _compare(model, step, _loss, ids)
+    assert not reports

@@ -340,15 +340,6 @@ def hidden_states_scaled_after(s, x, w, y):
 
 
 @program()
-def weight_rescaled_last(s, x, w, y):
-    loss = F.cross_entropy(F.linear(x, w), y)
-    with torch.no_grad():
-        s.counts.copy_(w.sum(1))
-        w.data.mul_(1.0)
-    return loss
-
-
-@program()
 def negatives_masked(s, x, w, y):  # a queue of negatives: ``dup[i, i] = False``
     z = F.linear(x, w)
     duplicate = y[:, None] == torch.arange(V)[None]
@@ -372,6 +363,15 @@ def detached_logits_written(s, x, w, y):
     z = F.linear(x, w)
     z.detach().mul_(0.5)
     return F.cross_entropy(z, y)
+
+
+@program("mul_ writes to w, which has a gradient, behind autograd's back; mul_ writes to w (")
+def weight_rescaled_last(s, x, w, y):
+    loss = F.cross_entropy(F.linear(x, w), y)
+    with torch.no_grad():
+        s.counts.copy_(w.sum(1))
+        w.data.mul_(1.0)
+    return loss
 
 
 @program("batch_norm updates self.hist inside")
@@ -514,12 +514,15 @@ def test_a_write_that_gets_lost_is_caught(no_codegen, monkeypatch):
     [
         (lambda a, b: F.relu(a, inplace=True), "a"),
         (lambda a, b: torch.add(a, 1, out=b), "b"),
+        (lambda a, b: torch.add(a, 1, out=None), ""),
         (lambda a, b: a.__setitem__(0, b[0]), "a"),
         (lambda a, b: torch._foreach_mul_([a, b], 2.0), "ab"),
         (lambda a, b: a.view(-1)[:3].zero_(), "a"),
         (lambda a, b: a.detach().add_(b), "a"),
         (lambda a, b: a.data.add_(b), "a"),
         (lambda a, b: F.batch_norm(b, a[0], a[1], training=True), "a"),
+        (lambda a, b: torch.batch_norm(b, None, None, a[0], a[1], True, 0.1, 1e-5, False), "a"),
+        (lambda a, b: F.batch_norm(b, a[0], a[1]), ""),
         (lambda a, b: F.embedding(torch.zeros(1, dtype=torch.long), a, max_norm=1.0), "a"),
         (lambda a, b: torch.ops.autochunk_test.scale_(b), "b"),
         (lambda a, b: (a[True], a.sum(-1, True), a.reshape(-1), b.t()), ""),
@@ -539,3 +542,14 @@ def test_what_a_call_writes_to(body, writes):
 
     torch.compile(function, backend=backend)(torch.ones(4, 4), torch.ones(4, 4))
     assert found == [set(writes)]
+
+
+def test_an_input_written_to_before_the_call_is_no_evidence_of_a_write(no_codegen):
+    def function(s, x, w, y):
+        return F.cross_entropy(F.linear(x, w), y)
+
+    x, w, y = _inputs(torch.float32)
+    y[:3] = -100
+    with collect() as reports:
+        torch.compile(Buffers(function), backend="autochunk", options=OPTIONS)(x, w, y)
+    assert [row.strategy for row in reports[0].rows] == ["fused"]
