@@ -10,6 +10,7 @@ Shape legend: R rows, F, K features, N logical row dimensions (there may be seve
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from autochunk import extrema
 from autochunk.decompositions import REDUCING_LOSSES
 from autochunk.find import hint, is_differentiable
 from autochunk.types import RowValue, Split
@@ -234,8 +236,8 @@ def _reduce(walk: Walk, node: fx.Node) -> Result:
     if not feature_dims:
         raise Boundary("mixes-rows", f"{node.target} reduces over rows only")
     inner_target = _SPLITS[node.target]
-    if inner_target in _EXTREMA and x.needs_grad:
-        return _extremum(walk, inner_target, x, dims, bool(bound.get("keepdim", False)))
+    if inner_target in _EXTREMA and x.needs_grad and is_differentiable(node.meta["val"]):
+        return _split_extremum(walk, node, x, dims, bound.get("keepdim", False))
     inner: dict[str, Any] = {"self": x.node, "dim": stored_dims(x, feature_dims), "keepdim": True}
     out, outer_kwargs = node.meta["val"], {}
     if "dtype" in bound and out.dtype in (torch.float16, torch.bfloat16):
@@ -243,8 +245,12 @@ def _reduce(walk: Walk, node: fx.Node) -> Result:
     elif bound.get("dtype") is not None:
         inner["dtype"] = bound["dtype"]
     shape = tuple(1 if d in feature_dims else s for d, s in enumerate(x.shape))
+    if inner_target is aten.logsumexp.default:
+        made = _logsumexp_of_rows(walk, inner)
+    else:
+        made = walk.emit_bound(inner_target, inner)
     value = RowValue(
-        node=walk.emit_bound(inner_target, inner),
+        node=made,
         is_row=x.is_row,
         shape=shape,
         chain=x.chain,
@@ -255,55 +261,44 @@ def _reduce(walk: Walk, node: fx.Node) -> Result:
     return Split(value, outer_kwargs)
 
 
-def _extremum(walk: Walk, op: Any, x: RowValue, dims: list[int], keepdim: bool) -> Split:
-    """Each row's extremum and, beside it, how many features share it.
+# A row of -inf alone counts for nothing in the logsumexp of all, and has no gradient there, though
+# that of its own logsumexp is nan.
+def _logsumexp_of_rows(walk: Walk, inner: Mapping[str, Any]) -> fx.Node:
+    x, dims = inner["self"], inner["dim"]
+    is_empty = walk.emit(aten.eq.Scalar, walk.emit(aten.amax.default, x, dims, True), -math.inf)
+    finite = walk.emit(aten.masked_fill.Scalar, x, is_empty, 0.0)
+    made = walk.emit_bound(aten.logsumexp.default, {**inner, "self": finite})
+    return walk.emit(aten.masked_fill.Scalar, made, is_empty, -math.inf)
 
-    Elements that tie share the gradient evenly, of whatever rows they are. An extremum over rows of
-    the rows' extrema would share it evenly among rows, so each row's is weighted by its number.
-    """
-    feature_dims = [d for d in dims if not x.is_row[d]]
-    stored, beside, dtype = stored_dims(x, feature_dims), feature_dims[0], x.val.dtype
-    counted = torch.promote_types(dtype, torch.float32)
-    best = walk.emit(op, x.node, stored, True)
-    ties = walk.emit(aten.eq.Tensor, x.node, best)
-    count = walk.emit_bound(
-        aten.sum.dim_IntList, {"self": ties, "dim": stored, "keepdim": True, "dtype": counted}
-    )
-    best = walk.emit_bound(aten._to_copy.default, {"self": best, "dtype": counted})
+
+# The extremum of the rows' extrema is that of all; ties between rows take their counts along.
+def _split_extremum(
+    walk: Walk, node: fx.Node, x: RowValue, dims: Sequence[int], keepdim: bool
+) -> Split:
+    target, out = _SPLITS[node.target], node.meta["val"]
+    nan_ties = node.target in (aten.max.default, aten.min.default)
+    dtype = extrema.packed_dtype(out.dtype)
+    # The dimension that comes first where the body stores it.
+    feature_dims = sorted((d for d in dims if not x.is_row[d]), key=lambda d: stored_dims(x, [d]))
+    along = feature_dims[0]
     shape = tuple(1 if d in feature_dims else s for d, s in enumerate(x.shape))
-    shape = (*shape[:beside], 2, *shape[beside + 1 :])
-
-    def outer(emit: Callable[..., Any], both: Any) -> Any:
-        best = emit(aten.slice.Tensor, both, beside, 0, 1)
-        fixed = emit(aten.detach.default, best)
-        count = emit(aten.detach.default, emit(aten.slice.Tensor, both, beside, 1, 2))
-        wins = emit(aten.eq.Tensor, fixed, emit(op, fixed, dims, True))
-        rows = emit(aten.sum.dim_IntList, wins, dims, True)
-        of_winners = emit(aten.mul.Tensor, count, wins)
-        ties = emit(aten.sum.dim_IntList, of_winners, dims, True)
-        share = emit(aten.div.Tensor, emit(aten.mul.Tensor, count, rows), ties)
-        share = emit(aten.where.ScalarOther, wins, share, 1)
-        # The value itself with ``share`` times its gradient, also where it is infinite.
-        change = emit(aten.mul.Tensor, share, emit(aten.sub.Tensor, best, fixed))
-        finite = emit(aten.lt.Scalar, emit(aten.abs.default, fixed), float("inf"))
-        weighted = emit(
-            aten.where.self,
-            finite,
-            emit(aten.add.Tensor, fixed, change),
-            emit(aten.mul.Tensor, share, best),
-        )
-        out = emit(op, weighted, dims, keepdim)
-        return out if counted == dtype else emit(aten.to.dtype, out, dtype)
-
+    shape = (*shape[:along], extrema.PACKED, *shape[along + 1 :])
+    stored = stored_dims(x, feature_dims)
     value = RowValue(
-        node=walk.emit(aten.cat.default, [best, count], stored[0]),
+        node=extrema.pack(walk.emit, target, x.node, stored, dtype, nan_ties),
         is_row=x.is_row,
         shape=shape,
         chain=x.chain,
         heads=x.heads,
         needs_grad=True,
-        val=_split_val(x, shape, counted),
+        val=_split_val(x, shape, dtype),
     )
+
+    def outer(emit: extrema.Emit, packed: Any) -> Any:
+        return extrema.combine(
+            emit, target, packed, along, list(dims), keepdim, out.dtype, nan_ties
+        )
+
     return Split(value, outer=outer)
 
 

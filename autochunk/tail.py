@@ -8,7 +8,7 @@ then the very graph that computes the cotangents in advance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -222,8 +222,8 @@ def _trace_vjp(
     return graph, list(inputs)
 
 
-def _call(target: Callable[..., Any], *args: Any) -> Any:
-    return target(*args)
+def _call(target: Any, *args: Any, **kwargs: Any) -> Any:
+    return target(*args, **kwargs)
 
 
 def map_args(args: Any, env: dict[fx.Node, Any]) -> Any:

@@ -335,13 +335,13 @@ class Region:
 class Split:
     """A reduction over rows *and* features, cut in two: features in the body, rows outside.
 
-    The outer op is the user's own, with its first argument replaced, or what ``outer`` makes.
+    The outer op is the user's own, with its first argument replaced, or ``outer``.
 
     Attributes:
         inner: The body's part: features reduced with ``keepdim=True``.
         kwargs: Keyword arguments the outer op gets in addition.
-        outer: In place of the outer op: takes a function that calls (or records the call of) an op,
-            and the first argument.
+        outer: Several ops in its place: called with a function that applies an op, and with the
+            inner value in the user's shape.
     """
 
     inner: RowValue

@@ -261,38 +261,3 @@ def test_fault_C3_multilabel_margin_loss_with_padded_labels(reduction):
         lambda x, w: F.multilabel_margin_loss(F.linear(x, w), labels, reduction=reduction),
         _inputs(),
     )
-
-
-# ---- V: the size of a chunk and the last bit -----------------------------------------------------
-
-
-def _compiled_log_probabilities(**options):
-    def log_probabilities(x, w, y):
-        return -F.cross_entropy(F.linear(x, w).float(), y, reduction="none")
-
-    return torch.compile(
-        log_probabilities,
-        backend="autochunk",
-        dynamic=False,
-        options={"strict": True, "min_bytes": 0, **options},
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fault_V_equal_chunks_give_equal_bits(dtype):
-    """The same rows alone, in a larger batch and in another order."""
-    w, x = torch.randn(512, 64).to(dtype), torch.randn(96, 64).to(dtype)
-    y, order = torch.randint(0, 512, (96,)), torch.randperm(96)
-    found = _compiled_log_probabilities(chunk_rows=32)
-    whole = found(x, w, y)
-    assert torch.equal(found(x[32:64], w, y[32:64]), whole[32:64])
-    assert torch.equal(found(x[:64], w, y[:64]), whole[:64])
-    assert torch.equal(found(x[order], w, y[order]), whole[order])
-
-
-def test_fault_V_other_sizes_differ_by_rounding_only():
-    w, x, y = torch.randn(512, 64), torch.randn(96, 64), torch.randint(0, 512, (96,))
-    exact = F.log_softmax(F.linear(x.double(), w.double()), -1).gather(1, y[:, None])[:, 0]
-    for rows in (1, 2, 7, 95):
-        found = _compiled_log_probabilities(chunk_rows=rows)(x, w, y)
-        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-5)
