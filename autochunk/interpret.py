@@ -38,9 +38,7 @@ def is_little_around(gm: fx.GraphModule, lowered: Lowered, lifted: Lifted) -> bo
     Args:
         gm: Dynamo's graph.
     """
-    if not lowered.heads:
-        return False
-    limit = min(hint(head.meta["val"].numel()) for head in lowered.heads)
+    limit = min((hint(head.meta["val"].numel()) for head in lowered.heads), default=0)
     outside = [node for node in gm.graph.nodes if node not in lowered.cone]
     made = [(node, fake(node)) for node in outside]
     inputs = [

@@ -80,7 +80,7 @@ class Step:
     def is_edited(self, position: int) -> bool:
         """Whether an argument that was deferred, or what it is made of, was modified since."""
         leaf = self.leaves[position]
-        if type(leaf) is not DeferredTensor and leaf._version > 0:
+        if type(leaf) is not DeferredTensor and not leaf.is_inference() and leaf._version > 0:
             return True
         formula = self.formulas[self.deferred.index(position)]
         return isinstance(formula, StepFormula) and any(

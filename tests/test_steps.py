@@ -137,6 +137,27 @@ REGRESSIONS = {
         ),
         loss=("s4", "s5"),
     ),
+    # Inference tensors do not track version counter.
+    "deferred logits that mix rows in inference mode": Step(
+        forward=("q1 = self.second(x)", "z2 = q1.reshape(-1, V)", "s3 = self.note * 1.0"),
+        outside=("z4 = z2 + z2.softmax(0)", "z5 = z4 - z4.mean(-1, keepdim=True)"),
+        loss=("s3",),
+        steps=((12, "inference"),),
+    ),
+    # ValueError: min() arg is an empty sequence.
+    "a mean outside of all logits, behind a graph break": Step(
+        forward=(
+            "q1 = self.second(x)",
+            "z2 = q1[:, :-1].flatten(0, 1)",
+            "s3 = view.sum()",
+            "if s3.item() > -1e9:\n    s4 = s3 * 2.0",
+            "s5 = F.binary_cross_entropy_with_logits(z2, t.sigmoid())",
+        ),
+        outside=("s6 = z2.mean()",),
+        loss=("s6",),
+        steps=((12, "train"),) * 3,
+        shifted=True,
+    ),
     # Fault J.
     "a learned weight of a loss": Step(
         forward=(
