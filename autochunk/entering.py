@@ -24,8 +24,10 @@ from torch import Tensor, fx
 from autochunk.deferred import DeferredTensor
 from autochunk.evaluation import Programs, define, evaluate
 from autochunk.find import fake, is_grad_function, is_inplace, is_random, op_name, source_line
+from autochunk.memory import Memory
 from autochunk.stance import reason_not_compiled
 from autochunk.steps import is_intercepted, is_open, record
+from autochunk.writes import name_of
 
 LOG = logging.getLogger("autochunk.deferred")
 
@@ -64,7 +66,11 @@ def _is_dynamic(gm: fx.GraphModule) -> bool:
 
 
 def _refusal(gm: fx.GraphModule) -> str | None:
-    """Why a graph cannot be evaluated as an op on its inputs, if it cannot."""
+    """Why a graph cannot be evaluated as an op on its inputs, if it cannot.
+
+    Writes to tensors that the graph has made are its own business.
+    """
+    memory = Memory.of(gm.graph)
     for node in gm.graph.nodes:
         name = op_name(node)
         if isinstance(node.target, torch._ops.HigherOrderOperator) or is_grad_function(node.target):
@@ -75,7 +81,11 @@ def _refusal(gm: fx.GraphModule) -> str | None:
             return f"inside of a torch.func transform, {source_line(node)}"
         if is_random(node):
             return f"{name} may be random, {source_line(node)}"
-        if is_inplace(node):
+        written = memory.access(node).writes
+        given = [storage for storage in sorted(written) if memory.is_input(storage)]
+        if given:
+            return f"{name} writes to {name_of(memory, given[0])}, {source_line(node)}"
+        if is_inplace(node) and not written:
             return f"{name} writes to a tensor, {source_line(node)}"
     return None
 

@@ -37,6 +37,17 @@ def _with_metrics(z, y):
     return loss, accuracy, z.logsumexp(-1)
 
 
+def _edited_labels(z, y):
+    return _cross_entropy(z, y.clamp_(min=-100))
+
+
+def _losses_filled_in(z, y):
+    out = z.new_zeros(2)
+    out[0] = _cross_entropy(z, y)
+    out[1] = z.logsumexp(-1).mean()
+    return out.sum()
+
+
 #: Functions of logits and labels that never need the logits as a whole.
 CHUNKED = {
     "cross entropy": _cross_entropy,
@@ -45,6 +56,8 @@ CHUNKED = {
     "two losses": lambda z, y: _cross_entropy(z, y) + 1e-2 * z.logsumexp(-1).square().mean(),
     "shifted": lambda z, y: F.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
     "module": lambda z, y: nn.CrossEntropyLoss()(z.transpose(1, 2), y),
+    "fault U, labels": lambda z, y: _cross_entropy(z, y.clone().clamp_(min=0)),
+    "fault U, losses": _losses_filled_in,
 }
 
 #: Those that do, with the reason in the log.
@@ -52,7 +65,7 @@ COMPUTED = {
     "softmax over rows": (lambda z, y: z.softmax(0).square().sum(), "mixes-rows"),
     "returned": (lambda z, y: z.softmax(-1), "not-reduced"),
     "dropout": (lambda z, y: F.dropout(z, 0.0).logsumexp(-1).mean(), "dropout may be random"),
-    "write": (lambda z, y: _cross_entropy(z, y.clone().clamp_(min=0)), "clamp_ writes to a tensor"),
+    "fault U, input": (lambda z, y: _edited_labels(z, y), "clamp_ writes to y"),
 }
 
 
@@ -94,6 +107,19 @@ def test_computed(name, batch, caplog):
     assert "test_entering.py:" in caplog.text
     assert type(logits) is Tensor or logits._formula.filled
     _check(loss, second, batch)
+
+
+def test_fault_U_a_write_to_the_logits_is_named(batch, caplog):
+    """Dynamo leaves it to PyTorch: the rest of the function has the values."""
+
+    def loss(z, y):
+        z.mul_(2)
+        return _cross_entropy(z, y)
+
+    with caplog.at_level(logging.INFO, "autochunk.deferred"):
+        _check(loss, _second(loss), batch)
+    assert "mul_" in caplog.text
+    assert "test_entering.py:" in caplog.text
 
 
 def test_wide_and_narrow_results(batch):
