@@ -232,6 +232,36 @@ def test_fault_Z1_heads_of_one_weight_in_one_graph(dtype):
         assert error(found.grad, want.grad) <= limit
 
 
+def test_fault_Z1_heads_that_cast_their_weight_in_one_graph():
+    """Under autocast each head casts the weight for itself: still one sum."""
+
+    def several(x, w, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return sum(loss_of(x.roll(i, -1), w, y) for i in range(3))
+
+    (x,), w, (y,) = batches(1)
+    loss = torch.compile(several, backend="autochunk", options=OPTIONS)(x, w, y)
+    assert kept_bytes() == w.nbytes // 2 + 3 * x.nbytes // 2
+    loss.backward()
+    both = (torch.float64, torch.float32)
+    exact, plain = ([t.detach().to(d).requires_grad_() for t in (x, w)] for d in both)
+    sum(loss_of(exact[0].roll(i, -1), exact[1], y) for i in range(3)).backward()
+    several(*plain, y).backward()
+    for found, eager, want in zip((x, w), plain, exact, strict=True):
+        limit = 2 * error(eager.grad, want.grad) + FLOOR[torch.float32]
+        assert error(found.grad, want.grad) <= limit
+
+
+def test_fault_Z1_a_graph_that_is_replayed_keeps_its_gradients():
+    """``strategy="fused"``, as CUDA graphs and wide inputs: they are results of the op."""
+    (x,), w, (y,) = batches(1)
+    options = {**OPTIONS, "strategy": "fused"}
+    loss = torch.compile(loss_of, backend="autochunk", options=options)(x, w, y)
+    assert kept_bytes() == 0
+    (1.7 * loss).backward()
+    check([x], w, [1.7])
+
+
 def test_fault_Z1_heads_with_losses_of_their_own_in_one_graph():
     """Each would keep a gradient of the weight: recomputed, with one sum."""
 

@@ -353,3 +353,32 @@ def test_torchmetrics(name, caplog, no_codegen):
     assert not caplog.messages
     assert results[1].item() == pytest.approx(results[0].item(), rel=1e-5)
     assert results[1].item() > 0
+
+
+def _compiled_model(backend: str, tmp_path: Any, **settings: Any) -> Trainer:
+    options = {"options": OPTIONS} if backend == "autochunk" else {}
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, logging_steps=1, **settings
+    )
+    model = torch.compile(llama(), backend=backend, **options)
+    return Trainer(model=model, args=args, train_dataset=dataset(), eval_dataset=dataset(8))
+
+
+@pytest.mark.parametrize("backend", ["eager", "autochunk"])
+def test_fault_T_the_trainer_drops_the_columns_of_a_compiled_model(backend, tmp_path):
+    """Its own doing, with any backend; docs/troubleshooting.md says what to do."""
+    with pytest.raises(ValueError, match="The batch received was empty"):
+        _compiled_model(backend, tmp_path).train()
+
+
+def test_fault_T_a_compiled_model_is_trained_and_evaluated(tmp_path):
+    kept = {"remove_unused_columns": False, "label_names": ["labels"]}
+    trainer = _compiled_model("autochunk", tmp_path, **kept)
+    with collect() as reports:
+        trainer.train()
+        metrics = trainer.evaluate()
+    assert any(row.strategy == "fused" for report in reports for row in report.chunked)
+    plain = _compiled_model("eager", tmp_path, **kept)
+    plain.train()
+    assert history(trainer) == pytest.approx(history(plain), rel=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
