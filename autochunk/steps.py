@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from autochunk.deferred import DeferredTensor, Formula, StaleError, has_other_history
 
@@ -176,7 +177,9 @@ class StepFormula:
     def fill(self, plain: Tensor) -> None:
         """Gives ``plain`` its value, once."""
         if not self.filled:
-            plain.data = self.compute()
+            value = self.compute()
+            with _disable_current_modes():  # a compiler's own may be on
+                plain.data = value
             self.filled = True
 
     def compute(self) -> Tensor:

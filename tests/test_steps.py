@@ -169,6 +169,18 @@ REGRESSIONS = {
         loss=("s3",),
         seen=("s3",),
     ),
+    # Found in aten._has_compatible_shallow_copy_type: computed while a compiler's fakes were on.
+    "deferred logits behind a graph break in inference mode": Step(
+        forward=("q1 = self.head(x)", "z2 = q1.flatten(0, 1)"),
+        outside=(
+            "z3 = opaque(z2)",
+            "s4 = model.hist.sum()",
+            "r5 = (1 - z3.sigmoid()).cumprod(-1)[:, :4].sum(-1)",
+        ),
+        loss=("s4",),
+        unit="step",
+        steps=((24, "inference"),),
+    ),
     # Fault J.
     "a learned weight of a loss": Step(
         forward=(
