@@ -25,8 +25,9 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from autochunk.find import fake
 from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
-from autochunk.memory import is_alias, written_arguments
+from autochunk.memory import Memory, is_alias, storages, written_arguments
 from autochunk.runtime import gradient_positions
 from autochunk.tail import logical_order, output_index
 from autochunk.types import (
@@ -146,6 +147,8 @@ class _Writer:
         self.logical: dict[fx.Node, fx.Node] = {}  # lowered value node → new node
         self.sizes: dict[sympy.Expr, fx.Node] = {}
         self.constants: dict[str, torch.Tensor] = {}  # attributes of the new module
+        self.dynamo: dict[fx.Node, fx.Node] = {}  # new node → Dynamo's
+        self.written = Memory.of(gm.graph).written
         self.trace: str | None = None
 
     def write(self) -> Rewritten:
@@ -157,6 +160,7 @@ class _Writer:
         placeholders = [n for n in self.lowered.graph.graph.nodes if n.op == "placeholder"]
         for node, source in zip(placeholders, self.lowered.inputs, strict=True):
             self.outer[node] = self.from_dynamo[source]
+            self.dynamo[self.from_dynamo[source]] = source
         exits = self._disable_autocast()
         losses: dict[fx.Node, list[_Attachment]] = {}
         for group in self.groups:
@@ -211,6 +215,7 @@ class _Writer:
         shared = [self._get(node) for nodes in group.shared for node in nodes]
         strategy = group.items[0].plan.strategy
         if strategy == "recompute":
+            rows, shared = ([self._unwritten(n) for n in nodes] for nodes in (rows, shared))
             results = self._emit(ops.forward.default, rows, shared, group.key)
             self._take_outputs(group, results)
             return None
@@ -237,6 +242,19 @@ class _Writer:
         wanted = [*(rows[i] for i in row_grads), *(shared[i] for i in shared_grads)]
         gradients = [self._item(results, n_outputs + i) for i in range(len(wanted))]
         return ops.attach.default, (wanted, gradients)
+
+    def _unwritten(self, node: fx.Node) -> fx.Node:
+        """A value that the backward pass needs: a copy of it where the graph writes to its memory.
+
+        Autograd would refuse the write to what it keeps, which unchunked may be something else.
+        """
+        if not self.written:
+            return node
+        source = node
+        while source not in self.dynamo and getattr(source.target, "is_view", False):
+            source = source.all_input_nodes[0]
+        shared = storages(fake(self.dynamo[source])) if source in self.dynamo else ()
+        return node if self.written.isdisjoint(shared) else self._emit(aten.clone.default, node)
 
     def _take_outputs(self, group: Grouped, results: fx.Node) -> int:
         """Notes the outputs of a group's regions; returns their number."""

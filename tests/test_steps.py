@@ -158,6 +158,17 @@ REGRESSIONS = {
         steps=((12, "train"),) * 3,
         shifted=True,
     ),
+    # What the backward pass reads was written to: the graph ran as plain Inductor.
+    "a buffer that a recomputed region reads and the graph writes": Step(
+        forward=(
+            "q1 = self.head(x)",
+            "z2 = q1.flatten(0, 1)",
+            "s3 = z2[0, 0] * 1.0",
+            "self.ema.lerp_(s3.detach(), 0.1)",
+        ),
+        loss=("s3",),
+        seen=("s3",),
+    ),
     # Fault J.
     "a learned weight of a loss": Step(
         forward=(
