@@ -50,7 +50,7 @@ class Shown:
         spec: What its results are in; None unless it is one tuple of tensors.
         is_single: Whether it has one, not in a tuple.
         is_view: Whether that is a view.
-        returned: Position of the leaf that it returns as it is, or None.
+        returned: Position of the tensor that it returns as it is, or None.
     """
 
     tensors: tuple[Meta, ...]
@@ -122,6 +122,7 @@ def _shown(
                 fakes
             )
     is_single = isinstance(result, Tensor)
+    same = [i for i, fake in enumerate(fakes) if is_single and result is fake]
     found, form = pytree.tree_flatten(result)
     is_tuple = isinstance(result, (tuple, list)) and all(isinstance(t, Tensor) for t in result)
     return Shown(
@@ -129,7 +130,7 @@ def _shown(
         spec=form if is_tuple else None,
         is_single=is_single,
         is_view=is_single and result._is_view(),
-        returned=next((i for i, fake in enumerate(fakes) if result is fake), None),
+        returned=next(iter(same), None),
         refusal=watch.refusal,
     )
 
