@@ -273,6 +273,8 @@ OUTSIDE = (
     "{+z} = {z}.cpu()",
     "{+z} = copy.deepcopy({z}.detach())",
     "({+z},) = torch.autograd.grad({s}, {z}, retain_graph=True)",
+    "{z}.backward(torch.ones_like({z}) * 0.01, retain_graph=True)",
+    "{r}.backward({f}, retain_graph=True)",
     "{z}.requires_grad",
     "del {z}",
 )

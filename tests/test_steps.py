@@ -181,6 +181,12 @@ REGRESSIONS = {
         unit="step",
         steps=((24, "inference"),),
     ),
+    # Fault A again: it returns None, which was taken for its argument retain_graph=None.
+    "backward of deferred logits": Step(
+        forward=("q1 = self.head(x)", "z2 = q1.flatten(0, 1)"),
+        outside=("z2.backward(torch.ones_like(z2))", "s3 = self.scale * 1.0"),
+        loss=("s3",),
+    ),
     # Fault J.
     "a learned weight of a loss": Step(
         forward=(
