@@ -386,7 +386,8 @@ class Dice:
         if family is PICKED and not self.exact:
             return None
         filled = self.fill(self.random.choice(family))
-        if filled is None or family is BREAKS or family is OUTSIDE:
+        # A view made under no_grad requires a gradient that never arrives, in eager PyTorch.
+        if filled is None or any(family is alone for alone in (BREAKS, OUTSIDE, FLAT)):
             return filled
         roll = self.random.random()
         if roll < 0.08:
