@@ -34,6 +34,7 @@ from autochunk.grouping import grouped, kept_more_than_once
 from autochunk.interpret import is_little_around, is_small
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower, remaining_write
+from autochunk.memory import Memory
 from autochunk.order import check_order, refuse_deferral
 from autochunk.plan import plan, sizes_to_try
 from autochunk.report import Report, Row, next_graph, publish, write_debug
@@ -191,6 +192,7 @@ class _Analysis:
 
     Attributes:
         gm: The graph that was analysed: Dynamo's, or one with twins (``twin.py``).
+        memory: Of that graph.
         every: All candidates.
         refusals: Those that are left alone.
         lowered, lifted, scheduled: Of the others; None and empty if there are none.
@@ -198,6 +200,7 @@ class _Analysis:
     """
 
     gm: fx.GraphModule
+    memory: Memory
     every: tuple[Candidate, ...]
     refusals: Mapping[str, Refusal]
     lowered: Lowered | None
@@ -210,25 +213,26 @@ def _analyse(gm: fx.GraphModule, options: Options, required: bool, amplify: floa
     candidates, refused = find(gm, options.min_bytes, amplify)
     refusals: dict[str, Refusal] = {c.name: r for c, r in refused}
     every = (*candidates, *(c for c, _ in refused))
+    memory = Memory.of(gm.graph)
     for candidate in candidates:
-        refusal = refuse_to_lower(gm.graph, candidate)
+        refusal = refuse_to_lower(gm.graph, memory, candidate)
         if refusal is not None:
             refusals[candidate.name] = refusal
     # Each round lowers the heads that are still in; a refusal starts another without that head.
     while kept := [c for c in candidates if c.name not in refusals]:
-        lowered = lower(gm.graph, kept)
+        lowered = lower(gm.graph, memory, kept)
         remaining = remaining_write(lowered)
         if remaining is not None:
             refusals.update(dict.fromkeys((c.name for c in kept), remaining))
             break
         lifted = lift(lowered, defer=not required)
-        found = {**lifted.refusals, **refuse_deferral(gm.graph, lowered, lifted)}
+        found = {**lifted.refusals, **refuse_deferral(memory, lowered, lifted)}
         if not found:
             scheduled, found = _schedule(lowered, lifted, options, required)
         if not found:
-            return _Analysis(gm, every, refusals, lowered, lifted, scheduled)
+            return _Analysis(gm, memory, every, refusals, lowered, lifted, scheduled)
         refusals.update(found)
-    return _Analysis(gm, every, refusals, None, None, ())
+    return _Analysis(gm, memory, every, refusals, None, None, ())
 
 
 def _with_twins(analysis: _Analysis, options: Options, required: bool, amplify: float) -> _Analysis:
@@ -257,8 +261,8 @@ def _rewrite(
             analysis = replace(analysis, scheduled=scheduled)
         loops = [_loop(item, options) for item in scheduled]
         groups = grouped(lowered, scheduled, options)
-        rewritten = rewrite(analysis.gm, lowered, lifted, groups)
-        check_order(analysis.gm.graph, lowered)
+        rewritten = rewrite(analysis.gm, analysis.memory, lowered, lifted, groups)
+        check_order(analysis.gm.graph, analysis.memory, lowered)
         if analysis.gm is not gm:
             stages.append(("twins", _readable(analysis.gm)))
         stages.append(("lowered", _readable(lowered.graph)))

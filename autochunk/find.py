@@ -9,7 +9,7 @@ MLP's inner layer may be wider than the vocabulary. Everything subtler is for ``
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import sympy
@@ -134,13 +134,18 @@ def fake(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """A value itself, or the tensors in it if it is several."""
+    found = value if isinstance(value, (tuple, list)) else (value,)
+    return [t for t in found if isinstance(t, torch.Tensor)]
+
+
 def wrapper_class(value: Any) -> str | None:
     """The class of a tensor whose ops are redefined (quantised, nested, distributed), if it is one.
 
     What the ops of such a tensor compute only its class knows. Deferred logits are not meant.
     """
-    tensors = value if isinstance(value, (tuple, list)) else (value,)
-    for tensor in tensors:
+    for tensor in tensors_of(value):
         if is_traceable_wrapper_subclass(tensor) and type(tensor) is not DeferredTensor:
             return f"{type(tensor).__module__}.{type(tensor).__qualname__}"
     return None
@@ -421,7 +426,4 @@ def _leads_to(node: fx.Node, ends: Collection[fx.Node]) -> bool:
 
 
 def _is_wide(value: object, wide_numel: int) -> bool:
-    tensors: Iterable[object] = value if isinstance(value, (tuple, list)) else (value,)
-    return any(
-        isinstance(t, torch.Tensor) and hint(t.numel()) * NARROW > wide_numel for t in tensors
-    )
+    return any(hint(t.numel()) * NARROW > wide_numel for t in tensors_of(value))

@@ -75,7 +75,7 @@ def _group(lowered: Lowered, items: Sequence[Scheduled], options: Options) -> Gr
         [sums.setdefault(nodes[i], len(sums)) for i in item.region.shared_grads if with_gradients]
         for item, nodes in zip(items, shared, strict=True)
     ]
-    sources = dict(zip(_placeholders(lowered), lowered.inputs, strict=True))
+    sources = lowered.sources
     inputs = all(w in sources and sources[w].op in ("placeholder", "get_attr") for w in sums)
     members = [(item.key, p) for item, p in zip(items, places, strict=True)]
     return Grouped(
@@ -155,7 +155,3 @@ def _same(node: fx.Node) -> Any:
 
 def _bytes(val: torch.Tensor) -> int:
     return hint(val.numel()) * val.element_size()
-
-
-def _placeholders(lowered: Lowered) -> list[fx.Node]:
-    return [n for n in lowered.graph.graph.nodes if n.op == "placeholder"]

@@ -7,12 +7,9 @@ run op by op. So does the region where its logits are few (the next token of eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
 from torch import fx
 
-from autochunk.find import fake, hint
+from autochunk.find import fake, hint, tensors_of
 from autochunk.sink import ancestors
 from autochunk.types import NARROW, Lifted, Lowered, Plan, Region
 
@@ -51,10 +48,5 @@ def is_little_around(gm: fx.GraphModule, lowered: Lowered, lifted: Lifted) -> bo
     return len(calls) <= FEW_OPS and all(
         hint(tensor.numel()) * NARROW <= limit or tensor._is_view()
         for _, value in calls
-        for tensor in _tensors(value)
+        for tensor in tensors_of(value)
     )
-
-
-def _tensors(value: object) -> Iterable[torch.Tensor]:
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return [v for v in values if isinstance(v, torch.Tensor)]

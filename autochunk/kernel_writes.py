@@ -70,7 +70,12 @@ def _is_view(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return target is operator.getitem
-    return target in _HIDDEN_VIEWS or any(
+    return target in _HIDDEN_VIEWS or views_argument(target)
+
+
+def views_argument(target: Any) -> bool:
+    """Whether an ATen op's result is a view of an argument, by its schema."""
+    return isinstance(target, torch._ops.OpOverload) and any(
         arg.alias_info is not None and not arg.alias_info.is_write
         for arg in target._schema.arguments
     )

@@ -39,6 +39,7 @@ from autochunk.find import (
     refuse_subclass,
     source_line,
 )
+from autochunk.kernel_writes import views_argument, writing_nodes
 from autochunk.memory import Conflict, Memory, storages, written_arguments
 from autochunk.rules import rule_for
 from autochunk.sink import producers
@@ -62,14 +63,8 @@ _CUTS = (
 )
 
 
-def cone_of(graph: fx.Graph, heads: Sequence[fx.Node]) -> list[fx.Node]:
-    """Nodes that have to run after one of ``heads``, themselves included, without the output."""
-    return list(Memory.of(graph).dependents(graph, heads))
-
-
-def refuse_to_lower(graph: fx.Graph, candidate: Candidate) -> Refusal | None:
+def refuse_to_lower(graph: fx.Graph, memory: Memory, candidate: Candidate) -> Refusal | None:
     """A construct in a candidate's cone that must not be lowered, as a refusal."""
-    memory = Memory.of(graph)
     cone = memory.dependents(graph, [candidate.node])
     transform = _transform_around(graph, set(cone))
     if transform is not None:
@@ -126,17 +121,17 @@ def _transform_around(graph: fx.Graph, cone: set[fx.Node]) -> fx.Node | None:
     return None
 
 
-def lower(graph: fx.Graph, candidates: Sequence[Candidate]) -> Lowered:
+def lower(graph: fx.Graph, memory: Memory, candidates: Sequence[Candidate]) -> Lowered:
     """Lowers the union of the candidates' cones, and what computes wide values for them alone.
 
     Args:
         graph: The Dynamo graph; it is not modified.
+        memory: Of the graph.
         candidates: Heads for which :func:`refuse_to_lower` is None.
 
     Raises:
         Exception: whatever tracing raises; the backend turns it into a fallback.
     """
-    memory = Memory.of(graph)
     cone = memory.dependents(graph, [c.node for c in candidates])
     moved = producers(graph, memory, cone, candidates)
     lowered = _lower(graph, memory, candidates, frozenset(cone), moved)
@@ -214,9 +209,9 @@ def _lower(
         outputs=outputs,
         writes=writes,
         heads=_head_nodes(lowered.graph, heads),
-        needs_grad=_needs_grad(lowered.graph, [inside.needs_grad(node) for node in inputs]),
+        needs_grad=_needs_grad(lowered.graph, [node in inside.needing for node in inputs]),
         cone=cone,
-        inside=frozenset(run_here),
+        inside=run_here,
     )
 
 
@@ -274,10 +269,9 @@ def uses_autocast(graph: fx.Graph) -> bool:
 
 def remaining_write(lowered: Lowered) -> Refusal | None:
     """A call of the lowered graph that still writes to one of its arguments, as a refusal."""
-    for node in lowered.graph.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            detail = f"{op_name(node)} writes to a tensor and has no functional form"
-            return Refusal("mutation", op_name(node), detail, source_line(node))
+    for node in writing_nodes(lowered.graph.graph):
+        detail = f"{op_name(node)} writes to a tensor and has no functional form"
+        return Refusal("mutation", op_name(node), detail, source_line(node))
     return None
 
 
@@ -589,17 +583,9 @@ def _functional_twin(target: torch._ops.OpOverload) -> Any:
 
 def _is_aliased(node: fx.Node) -> bool:
     """Whether a node's memory can be seen through another node: it is a view, or has views."""
-    if node.op != "call_function" or _is_view(node):
+    if node.op != "call_function" or views_argument(node.target):
         return True
-    return any(_is_view(user) for user in node.users)
-
-
-def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and any(
-        arg.alias_info is not None and not arg.alias_info.is_write
-        for arg in target._schema.arguments
-    )
+    return any(views_argument(user.target) for user in node.users)
 
 
 def is_liftable(op: Any) -> bool:

@@ -87,18 +87,15 @@ class Memory:
             for storage in storages(fake(node)):
                 holders.setdefault(storage, []).append(node)
         writers = {node: found for node in graph.nodes if (found := _written_by(node)) is not None}
-        known = frozenset().union(*(access.writes for access in writers.values()))
-        if not known:
-            return Memory({}, {s: tuple(nodes) for s, nodes in holders.items()}, known)
+        written = frozenset().union(*(access.writes for access in writers.values()))
         accesses = {}
-        for node in graph.nodes:
+        for node in graph.nodes if written else ():
             if node.op in ("placeholder", "get_attr", "output"):
                 continue
             write = writers.get(node, Access())
-            taken = frozenset().union(*(storages(fake(arg)) for arg in node.all_input_nodes))
-            reads = taken if node in writers else taken - _viewed(node)
+            reads = _taken(node) if node in writers else _taken(node) - _viewed(node)
             accesses[node] = Access(reads, write.writes, write.hidden)
-        return Memory(accesses, {s: tuple(nodes) for s, nodes in holders.items()}, known)
+        return Memory(accesses, {s: tuple(nodes) for s, nodes in holders.items()}, written)
 
     def access(self, node: fx.Node) -> Access:
         return self.accesses.get(node, Access())
@@ -123,7 +120,8 @@ class Memory:
             In graph order. For each node why: None, if one of its arguments is such a node.
         """
         reached: dict[fx.Node, Conflict | None] = {}
-        seen: dict[Storage, tuple[list[fx.Node], list[fx.Node]]] = {}  # readers, writers
+        last_reader: dict[Storage, fx.Node] = {}
+        last_writer: dict[Storage, fx.Node] = {}
         for node in graph.nodes:
             if node.op == "output":
                 continue
@@ -131,14 +129,12 @@ class Memory:
             if node in heads or any(arg in reached for arg in node.all_input_nodes):
                 reached[node] = None
             else:
-                conflict = _first_conflict(node, access, seen)
+                conflict = _first_conflict(node, access, last_reader, last_writer)
                 if conflict is None:
                     continue
                 reached[node] = conflict
-            for storage in access.reads:
-                seen.setdefault(storage, ([], []))[0].append(node)
-            for storage in access.writes:
-                seen.setdefault(storage, ([], []))[1].append(node)
+            last_reader.update(dict.fromkeys(access.reads, node))
+            last_writer.update(dict.fromkeys(access.writes, node))
         return reached
 
     def reordered(
@@ -181,14 +177,14 @@ class Conflict:
 def _first_conflict(
     node: fx.Node,
     access: Access,
-    seen: Mapping[Storage, tuple[Sequence[fx.Node], Sequence[fx.Node]]],
+    last_reader: Mapping[Storage, fx.Node],
+    last_writer: Mapping[Storage, fx.Node],
 ) -> Conflict | None:
     for storage in sorted(access.reads | access.writes):
-        readers, writers = seen.get(storage, ((), ()))
-        if writers:
-            return Conflict(storage, reader=node, writer=writers[-1])
-        if readers and storage in access.writes:
-            return Conflict(storage, reader=readers[-1], writer=node)
+        if storage in last_writer:
+            return Conflict(storage, reader=node, writer=last_writer[storage])
+        if storage in last_reader and storage in access.writes:
+            return Conflict(storage, reader=last_reader[storage], writer=node)
     return None
 
 
@@ -227,9 +223,13 @@ def _viewed(node: fx.Node) -> frozenset[Storage]:
     if node.op not in ("call_function", "call_method"):
         return frozenset()
     if node.target is getattr or op_name(node) in ("size", "dim", "numel", "stride"):
-        return frozenset().union(*(storages(fake(arg)) for arg in node.all_input_nodes))
-    results = storages(fake(node))
-    return results & frozenset().union(*(storages(fake(arg)) for arg in node.all_input_nodes))
+        return _taken(node)
+    return storages(fake(node)) & _taken(node)
+
+
+def _taken(node: fx.Node) -> frozenset[Storage]:
+    """Storages of a call's arguments."""
+    return storages([fake(arg) for arg in node.all_input_nodes])
 
 
 def _written_by(node: fx.Node) -> Access | None:
@@ -285,21 +285,20 @@ def _written_by_schemas(node: fx.Node, targets: Sequence[torch._ops.OpOverload])
 
 def _written_by_body(node: fx.Node, target: Any) -> Access | None:
     """A higher-order op writes to all of its arguments if a body writes to one of them."""
-    everything = _writing(node.all_input_nodes, hidden=True)
     if "mutation" in str(target) or "functionalized" in str(target):
-        return everything
+        return _writing(node.all_input_nodes, hidden=True)
     module = node.graph.owning_module
     for arg in node.all_input_nodes:
         body = getattr(module, str(arg.target), None) if arg.op == "get_attr" else None
         if isinstance(body, fx.GraphModule):
             inner = Memory.of(body.graph)
             if any(map(inner.is_input, inner.written)):
-                return everything
+                return _writing(node.all_input_nodes, hidden=True)
     return None
 
 
 def _writing(values: Iterable[Any], hidden: bool = False) -> Access:
-    found = frozenset().union(*(storages(_fake_of(value)) for value in values))
+    found = storages([_fake_of(value) for value in values])
     return Access(found, found, hidden)
 
 

@@ -19,13 +19,12 @@ class ReorderedError(RuntimeError):
     """A rewrite that would move a reader of a tensor past a writer of it: a fault of ours."""
 
 
-def check_order(graph: fx.Graph, lowered: Lowered) -> None:
+def check_order(graph: fx.Graph, memory: Memory, lowered: Lowered) -> None:
     """Checks that calls which share memory keep their order, whatever decided on the cone.
 
     Raises:
         ReorderedError: where one would not, or where a write would get lost.
     """
-    memory = Memory.of(graph)
     crossed = memory.reordered(graph, lowered.inside)
     if crossed is not None:
         first, second = crossed
@@ -33,29 +32,27 @@ def check_order(graph: fx.Graph, lowered: Lowered) -> None:
             f"{op_name(first)} ({source_line(first)}) would run after {op_name(second)} "
             f"({source_line(second)}), and one of them writes to memory that the other one uses"
         )
-    kept = frozenset().union(*(storages(fake(node)) for node in lowered.writes))
+    kept = storages([fake(node) for node in lowered.writes])
     for node in lowered.inside:
         for storage in memory.access(node).writes - kept:
             if memory.is_input(storage):
                 raise ReorderedError(f"what {op_name(node)} writes would be lost")
 
 
-def refuse_deferral(graph: fx.Graph, lowered: Lowered, lifted: Lifted) -> dict[str, Refusal]:
+def refuse_deferral(memory: Memory, lowered: Lowered, lifted: Lifted) -> dict[str, Refusal]:
     """Heads whose logits are returned although the graph writes to what they are made of.
 
     Deferred logits are computed after the call, when those tensors have other values.
     """
     if not lowered.writes or not lifted.deferred:
         return {}
-    written = frozenset().union(*(storages(fake(node)) for node in lowered.writes))
-    memory = Memory.of(graph)
-    placeholders = [n for n in lowered.graph.graph.nodes if n.op == "placeholder"]
-    dynamo = dict(zip(placeholders, lowered.inputs, strict=True))
+    written = storages([fake(node) for node in lowered.writes])
+    sources = lowered.sources
     found: dict[str, Refusal] = {}
     for wide in lifted.deferred:
         behind = ancestors([wide])
-        for node in behind & dynamo.keys():
-            for storage in storages(fake(dynamo[node])) & written:
+        for node in behind & sources.keys():
+            for storage in storages(fake(sources[node])) & written:
                 detail = (
                     f"the logits are returned, and the graph writes to {name_of(memory, storage)}, "
                     "which they are computed from"

@@ -118,10 +118,14 @@ class Rewritten:
 
 
 def rewrite(
-    gm: fx.GraphModule, lowered: Lowered, lifted: Lifted, groups: Sequence[Grouped]
+    gm: fx.GraphModule,
+    memory: Memory,
+    lowered: Lowered,
+    lifted: Lifted,
+    groups: Sequence[Grouped],
 ) -> Rewritten:
     """Writes the new graph; ``gm`` is not modified."""
-    return _Writer(gm, lowered, lifted, groups).write()
+    return _Writer(gm, memory, lowered, lifted, groups).write()
 
 
 #: An op to be applied to a loss, with its other arguments.
@@ -132,6 +136,7 @@ class _Writer:
     def __init__(
         self,
         gm: fx.GraphModule,
+        memory: Memory,
         lowered: Lowered,
         lifted: Lifted,
         groups: Sequence[Grouped],
@@ -148,7 +153,7 @@ class _Writer:
         self.sizes: dict[sympy.Expr, fx.Node] = {}
         self.constants: dict[str, torch.Tensor] = {}  # attributes of the new module
         self.dynamo: dict[fx.Node, fx.Node] = {}  # new node → Dynamo's
-        self.written = Memory.of(gm.graph).written
+        self.written = memory.written
         self.trace: str | None = None
 
     def write(self) -> Rewritten:
@@ -157,8 +162,7 @@ class _Writer:
             if node.op != "output" and node not in self.lowered.cone:
                 self.from_dynamo[node] = self.new.node_copy(node, self.from_dynamo.__getitem__)
                 self._remember_sizes(self.from_dynamo[node], node.meta.get("example_value"))
-        placeholders = [n for n in self.lowered.graph.graph.nodes if n.op == "placeholder"]
-        for node, source in zip(placeholders, self.lowered.inputs, strict=True):
+        for node, source in self.lowered.sources.items():
             self.outer[node] = self.from_dynamo[source]
             self.dynamo[self.from_dynamo[source]] = source
         exits = self._disable_autocast()

@@ -460,11 +460,7 @@ def _select(walk: Walk, node: fx.Node) -> RowValue:
 # order, are the value they are pieces of.
 @_register("along features", [aten.cat.default])
 def _cat(walk: Walk, node: fx.Node) -> RowValue:
-    tensors = list(node.args[0])
-    given = [walk.env[t] for t in tensors if t in walk.env]
-    operands = [o for o in given if isinstance(o, RowValue)]
-    if len(operands) < len(given):
-        raise Boundary("no-rule", "cat of a value of several parts")
+    tensors, operands = _parts(walk, node)
     like = operands[0]
     (dim,) = _dims(bind(node)["dim"], len(like.is_row))
     if like.is_row[dim]:
@@ -478,14 +474,21 @@ def _cat(walk: Walk, node: fx.Node) -> RowValue:
     return walk.result(node, emitted, like.is_row, like, operands)
 
 
-# As cat, along a new feature.
-@_register("along features", [aten.stack.default])
-def _stack(walk: Walk, node: fx.Node) -> RowValue:
+def _parts(walk: Walk, node: fx.Node) -> tuple[list[fx.Node], list[RowValue]]:
+    """The tensors that are put together, and the row values among them."""
     tensors = list(node.args[0])
     given = [walk.env[t] for t in tensors if t in walk.env]
     operands = [o for o in given if isinstance(o, RowValue)]
     if len(operands) < len(given):
-        raise Boundary("no-rule", "stack of a value of several parts")
+        name = node.target.overloadpacket.__name__
+        raise Boundary("no-rule", f"{name} of a value of several parts")
+    return tensors, operands
+
+
+# As cat, along a new feature.
+@_register("along features", [aten.stack.default])
+def _stack(walk: Walk, node: fx.Node) -> RowValue:
+    tensors, operands = _parts(walk, node)
     like = operands[0]
     (dim,) = _dims(bind(node)["dim"], len(like.is_row) + 1)
     whole = walk.joined(operands) if len(operands) == len(tensors) else None

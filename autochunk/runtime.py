@@ -98,6 +98,11 @@ class Group:
                 first.setdefault(place, (n, i))
         return [first[place] for place in range(len(first))]
 
+    @property
+    def sum_specs(self) -> list[TensorSpec]:
+        """Of each sum."""
+        return [self.loops[n].spec.shared[i] for n, i in self.sums]
+
     def gradient_positions(self) -> tuple[list[int], list[int]]:
         """Positions among ``rows`` and ``shared`` of the inputs that the gradients are of."""
         rows = [
@@ -548,9 +553,8 @@ def _scaled(t: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
 
 def _gradient_bytes(group: Group, rows: Sequence[Tensor]) -> int:
     positions, _ = group.gradient_positions()
-    weights = [group.loops[n].spec.shared[i] for n, i in group.sums]
     return sum(rows[i].nbytes for i in positions) + sum(
-        prod(spec.sizes) * spec.dtype.itemsize for spec in weights
+        prod(spec.sizes) * spec.dtype.itemsize for spec in group.sum_specs
     )
 
 
@@ -575,13 +579,13 @@ def _fake_outputs(group: Group, rows: list[Tensor]) -> list[Tensor]:
 
 def _fake_gradients(group: Group, rows: list[Tensor]) -> list[Tensor]:
     positions, _ = group.gradient_positions()
-    weights = [group.loops[n].spec.shared[i] for n, i in group.sums]
+    device = group.loops[0].spec.device
     return [
         *(
             torch.empty(rows[i].shape, dtype=rows[i].dtype, device=rows[i].device)
             for i in positions
         ),
-        *(torch.empty(s.sizes, dtype=s.dtype, device=group.loops[0].spec.device) for s in weights),
+        *(torch.empty(s.sizes, dtype=s.dtype, device=device) for s in group.sum_specs),
     ]
 
 

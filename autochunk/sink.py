@@ -29,6 +29,7 @@ from autochunk.find import (
     op_name,
     parse_linear,
     refuse_subclass,
+    tensors_of,
 )
 from autochunk.memory import Access, Memory
 from autochunk.types import NARROW, Candidate, Lowered
@@ -57,7 +58,7 @@ def producers(
     )
     sunk: set[fx.Node] = set()
     for node in graph.nodes:
-        wide = any(hint(t.numel()) * NARROW > least for t in _tensors(fake(node)))
+        wide = any(hint(t.numel()) * NARROW > least for t in tensors_of(fake(node)))
         if node in found and (wide or any(a in sunk for a in node.all_input_nodes)):
             sunk.add(node)
     return frozenset(_movable(graph, memory, cone, sunk))
@@ -96,7 +97,7 @@ def _is_pure(node: fx.Node, access: Access) -> bool:
     target = node.target
     if node.op not in ("call_function", "call_method"):
         return False
-    if not _tensors(fake(node)) and not is_inplace(node):
+    if not tensors_of(fake(node)) and not is_inplace(node):
         return False
     if access.hidden:
         return False
@@ -107,11 +108,6 @@ def _is_pure(node: fx.Node, access: Access) -> bool:
     if is_derivative(node) or refuse_subclass(node) is not None:
         return False
     return parse_linear(node) is None and target not in LAYERS
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    found = value if isinstance(value, (tuple, list)) else (value,)
-    return [t for t in found if isinstance(t, torch.Tensor)]
 
 
 def sinkable(lowered: Lowered) -> Mapping[fx.Node, fx.Node]:
@@ -133,10 +129,10 @@ def sinkable(lowered: Lowered) -> Mapping[fx.Node, fx.Node]:
     wide: set[fx.Node] = set()
     found: set[fx.Node] = set()
     for node in nodes:
-        tensors = _tensors(node.meta.get("val"))
+        tensors = tensors_of(node.meta.get("val"))
         if node.op != "call_function" or node in dependent or node in needed or not tensors:
             continue
-        args = [a for a in node.all_input_nodes if _tensors(a.meta.get("val"))]
+        args = [a for a in node.all_input_nodes if tensors_of(a.meta.get("val"))]
         if any(hint(t.numel()) * NARROW > least for t in tensors):
             wide.add(node)
         if any(a in found for a in args) or (node in wide and args and not _is_view(node)):

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx
 
 from autochunk.find import as_candidate, fake, is_random, op_name
-from autochunk.lower import cone_of
 from autochunk.memory import Memory
 from autochunk.sink import ancestors
 
@@ -39,12 +38,12 @@ def with_twin(gm: fx.GraphModule, name: str) -> fx.GraphModule | None:
     candidate = as_candidate(head)
     if candidate is None or candidate.bias is not None or fake(candidate.x).dim() != 2:
         return None
-    cone = cone_of(graph, [head])
+    memory = Memory.of(graph)
+    cone = memory.dependents(graph, [head])
     transposing = [node for node in cone if _transposes(node, head)]
     path = ancestors(transposing).intersection(cone) - {*transposing, head}
     if not transposing or any(is_random(node) for node in path):
         return None
-    memory = Memory.of(graph)
     if any(memory.access(node).writes for node in cone):
         return None  # a second product would need what is written a second time
     x, weight = candidate.x, candidate.weight

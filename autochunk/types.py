@@ -156,6 +156,12 @@ class Lowered:
     inside: frozenset[fx.Node]
 
     @property
+    def sources(self) -> Mapping[fx.Node, fx.Node]:
+        """The Dynamo node of each placeholder."""
+        placeholders = (node for node in self.graph.graph.nodes if node.op == "placeholder")
+        return dict(zip(placeholders, self.inputs, strict=True))
+
+    @property
     def results(self) -> tuple[Any, ...]:
         """The values of ``outputs`` and of ``writes``."""
         (output,) = (node for node in self.graph.graph.nodes if node.op == "output")

@@ -225,16 +225,7 @@ class Walk:
             is_row = rows_of(val.shape, wide)
             if is_row is None or arg.target in _CONSTANTS:
                 continue
-            rows = tuple(s for s, row in zip(val.shape, is_row, strict=True) if row)
-            self.env[arg] = RowValue(
-                node=self._row_input(RowInput(arg, is_row, rows, ())),
-                is_row=is_row,
-                shape=tuple(val.shape),
-                chain=(),
-                heads=frozenset({f"rows of {arg.name}"}),
-                needs_grad=arg in self.lowered.needs_grad,
-                val=val,
-            )
+            self.env[arg] = self._start(arg, is_row, val.shape)
             return arg
         return self._broadcast_source_of(node, wide)
 
@@ -246,24 +237,28 @@ class Walk:
         is_row = rows_of(val.shape, wide) if torch.Tag.pointwise in target.tags else None
         if is_row is None:
             return None
-        rows = tuple(s for s, row in zip(val.shape, is_row, strict=True) if row)
         for arg in node.all_input_nodes:
             tensor = arg.meta["val"]
             if not isinstance(tensor, torch.Tensor) or not tensor.dim() or arg.target in _CONSTANTS:
                 continue
             padded = [1] * (val.dim() - tensor.dim()) + list(tensor.shape)
             shape = [s if row else f for s, row, f in zip(val.shape, is_row, padded, strict=True)]
-            self.env[arg] = RowValue(
-                node=self._row_input(RowInput(arg, is_row, rows, ())),
-                is_row=is_row,
-                shape=tuple(shape),
-                chain=(),
-                heads=frozenset({f"rows of {arg.name}"}),
-                needs_grad=arg in self.lowered.needs_grad,
-                val=tensor,
-            )
+            self.env[arg] = self._start(arg, is_row, shape)
             return arg
         return None
+
+    def _start(self, arg: fx.Node, is_row: tuple[bool, ...], shape: Sequence[Any]) -> RowValue:
+        """An operand of a sunk node as the row value that the node starts at."""
+        rows = tuple(s for s, row in zip(shape, is_row, strict=True) if row)
+        return RowValue(
+            node=self._row_input(RowInput(arg, is_row, rows, ())),
+            is_row=is_row,
+            shape=tuple(shape),
+            chain=(),
+            heads=frozenset({f"rows of {arg.name}"}),
+            needs_grad=arg in self.lowered.needs_grad,
+            val=arg.meta["val"],
+        )
 
     def _apply(self, node: fx.Node) -> Any:
         if self._depends_on_tail(node.all_input_nodes):
@@ -637,13 +632,7 @@ class Walk:
         A gradient of such an input has numbers of its own at each place; in one of ``expand`` in
         the graph they are summed.
         """
-        given = dict(
-            zip(
-                (n for n in self.lowered.graph.graph.nodes if n.op == "placeholder"),
-                self.lowered.inputs,
-                strict=True,
-            )
-        )
+        given = self.lowered.sources
         return any(
             0 in n.meta["val"].stride() and op_name(given[n]) not in _EXPANSIONS
             for n in ancestors([node])

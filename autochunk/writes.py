@@ -49,9 +49,6 @@ class Inside:
     outputs: tuple[fx.Node, ...]
     needing: frozenset[fx.Node]
 
-    def needs_grad(self, node: fx.Node) -> bool:
-        return node in self.needing
-
 
 def inside_of(
     graph: fx.Graph,
