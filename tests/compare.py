@@ -9,12 +9,14 @@ is twice that of a large tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+
+import autochunk
 
 FLOOR = {
     torch.float64: 1e-13,
@@ -77,6 +79,26 @@ def check(actual: Outcome, baseline: Outcome, exact: Outcome, dtype: torch.dtype
             continue
         assert triple[0] is not None, f"gradient {i} is missing"
         _check_one(f"gradient {i}", *triple, dtype)
+
+
+def check_chunked(
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+) -> autochunk.Explanation:
+    """Asserts that all heads of a function are chunked, and that it is right; says how."""
+    found = []
+
+    def chunked(*args: Any) -> Any:
+        found.append(autochunk.explain(function, options=options)(*args))
+        return found[0].result
+
+    actual = run(chunked, inputs)
+    assert found[0].chunked, found[0]
+    assert not found[0].refused, found[0]
+    check(actual, run(function, inputs), run(function, widened(inputs)), dtype)
+    return found[0]
 
 
 def error(value: torch.Tensor, exact: torch.Tensor) -> float:

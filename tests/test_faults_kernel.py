@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import check, run, widened
+from compare import check_chunked, run
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -29,17 +29,7 @@ def _inputs(scale=1.0, dtype=torch.float32):
 
 
 def _compare(function, inputs, dtype=torch.float32):
-    found = []
-
-    def chunked(*args):
-        found.append(autochunk.explain(function, options=OPTIONS)(*args))
-        return found[0].result
-
-    actual = run(chunked, inputs)
-    assert found[0].chunked, found[0]
-    assert not found[0].refused, found[0]
-    check(actual, run(function, inputs), run(function, widened(inputs)), dtype)
-    return found[0]
+    return check_chunked(function, inputs, dtype, OPTIONS)
 
 
 # ---- B: kernels write to nothing but their buffers ---------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import check, run, widened
+from compare import check_chunked
 
 import autochunk
 
@@ -47,16 +47,7 @@ def _inputs(dtype):
 
 
 def _compare(function, dtype):
-    inputs, found = _inputs(dtype), []
-
-    def chunked(*args):
-        found.append(autochunk.explain(function, options=OPTIONS)(*args))
-        return found[0].result
-
-    actual = run(chunked, inputs)
-    assert found[0].chunked, found[0]
-    assert not found[0].refused, found[0]
-    check(actual, run(function, inputs), run(function, widened(inputs)), dtype)
+    check_chunked(function, _inputs(dtype), dtype, OPTIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import check, run, widened
+from compare import check_chunked
 
 import autochunk
 from autochunk import rules
@@ -257,16 +257,7 @@ def _compare(sample):
     def function(x, w):
         return sample(F.linear(x, w))
 
-    explanations = []
-
-    def chunked(*args):
-        explanations.append(autochunk.explain(function, options=OPTIONS)(*args))
-        return explanations[0].result
-
-    actual = run(chunked, inputs)
-    assert explanations[0].chunked, explanations[0]
-    assert not explanations[0].refused, explanations[0]
-    check(actual, run(function, inputs), run(function, widened(inputs)), torch.float32)
+    check_chunked(function, inputs, torch.float32, OPTIONS)
 
 
 def test_every_rule_has_a_sample():
