@@ -37,6 +37,8 @@ def test_family(family, no_codegen):
     else:
         assert codes == {family.expect}, str(explained)
     assert error(explained.result.loss, expected) < 1e-6
+    largest = max(gradient.norm().item() for gradient in gradients.values())
     for name, parameter in model.named_parameters():
-        if name in gradients:
+        # A softmax does not depend on the bias of its keys: that gradient is rounding alone.
+        if name in gradients and gradients[name].norm() > 1e-7 * largest:
             assert error(parameter.grad, gradients[name]) < 2e-5, name
