@@ -278,6 +278,9 @@ def _wrap(plain: Tensor, formula: Formula | None, strides: Sequence[int]) -> Def
 def _refuse_writes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Raises where an op would modify a wrapper: autograd would not see that ``plain`` changed.
 
+    A compiler's copy may be where a graph break is an error: the compiled function is given the
+    logits' values (``entering.py``).
+
     Raises:
         NotImplementedError: for a compiler's copy; Dynamo then leaves the op to eager PyTorch.
         RuntimeError: for a real one.
@@ -286,8 +289,17 @@ def _refuse_writes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> No
     written = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in arguments if a.is_write]
     for tensor in pytree.tree_leaves(written):
         if isinstance(tensor, DeferredTensor):
-            error = NotImplementedError if tensor._formula is None else RuntimeError
-            raise error(_MODIFIED.format(func))
+            is_copy = tensor._formula is None
+            if not (is_copy and _breaks_are_errors()):
+                error = NotImplementedError if is_copy else RuntimeError
+                raise error(_MODIFIED.format(func))
+
+
+def _breaks_are_errors() -> bool:
+    """Whether Dynamo traces with ``fullgraph=True``, or as if."""
+    translator = getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
+    names = ("one_graph", "error_on_graph_break")
+    return any(getattr(translator, name, False) for name in names)
 
 
 def _is_view(func: Any) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from autochunk.deferred import DeferredTensor
 from autochunk.evaluation import Programs, define, evaluate
 from autochunk.find import fake, is_grad_function, is_inplace, is_random, op_name, source_line
-from autochunk.memory import Memory
+from autochunk.memory import Memory, storages
 from autochunk.stance import reason_not_compiled
 from autochunk.steps import is_intercepted, is_open, record
 from autochunk.writes import name_of
@@ -44,18 +44,36 @@ def enter(gm: fx.GraphModule, compiler: Callable[..., Any]) -> Entered | None:
     """
     if not _has_deferred(gm):
         return None
-    reason = _refusal(gm)
-    if reason is not None:
-        LOG.info("logits that enter a compiled function are computed: %s", reason)
-        return None
-    return Entered(as_function(gm.graph), compiler, _is_dynamic(gm))
+    memory = Memory.of(gm.graph)
+    reason = _refusal(gm, memory)
+    if reason is None:
+        return Entered(as_function(gm.graph), compiler, _is_dynamic(gm))
+    LOG.info("logits that enter a compiled function are computed: %s", reason)
+    if _writes_to_deferred(gm, memory):
+        # AOTAutograd does not compile a write to a tensor subclass that has a gradient.
+        function = gm if _has_attributes(gm) else as_function(gm.graph)
+        return Entered(function, compiler, _is_dynamic(gm), with_values=True)
+    return None
 
 
 def _has_deferred(gm: fx.GraphModule) -> bool:
     """Whether deferred logits that are not computed yet are among a Dynamo graph's inputs."""
-    arguments = [node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder"]
-    examples = [argument.example for argument in arguments if argument is not None]
-    return any(type(example) is DeferredTensor and is_open(example) for example in examples)
+    return any(map(_is_deferred, gm.graph.nodes))
+
+
+def _is_deferred(node: fx.Node) -> bool:
+    argument = node.meta.get("grapharg") if node.op == "placeholder" else None
+    example = argument.example if argument is not None else None
+    return type(example) is DeferredTensor and is_open(example)
+
+
+def _writes_to_deferred(gm: fx.GraphModule, memory: Memory) -> bool:
+    given = [node for node in gm.graph.nodes if _is_deferred(node)]
+    return any(not memory.written.isdisjoint(storages(fake(node))) for node in given)
+
+
+def _has_attributes(gm: fx.GraphModule) -> bool:
+    return any(node.op in ("call_module", "get_attr") for node in gm.graph.nodes)
 
 
 def _is_dynamic(gm: fx.GraphModule) -> bool:
@@ -65,12 +83,11 @@ def _is_dynamic(gm: fx.GraphModule) -> bool:
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
-def _refusal(gm: fx.GraphModule) -> str | None:
+def _refusal(gm: fx.GraphModule, memory: Memory) -> str | None:
     """Why a graph cannot be evaluated as an op on its inputs, if it cannot.
 
     Writes to tensors that the graph has made are its own business.
     """
-    memory = Memory.of(gm.graph)
     for node in gm.graph.nodes:
         name = op_name(node)
         if isinstance(node.target, torch._ops.HigherOrderOperator) or is_grad_function(node.target):
@@ -115,19 +132,28 @@ def _line_of(node: fx.Node) -> tuple[str, int] | None:
 
 
 class Entered:
-    """A compiled function that deferred logits are passed to."""
+    """A compiled function that deferred logits are passed to.
+
+    With ``with_values`` it is always called with the logits' values.
+    """
 
     def __init__(
-        self, function: Callable[..., Any], compiler: Callable[..., Any], dynamic: bool
+        self,
+        function: Callable[..., Any],
+        compiler: Callable[..., Any],
+        dynamic: bool,
+        *,
+        with_values: bool = False,
     ) -> None:
         self._function = function
         self._dynamic = dynamic
+        self._with_values = with_values
         self._programs = Programs(functools.partial(compiler, required=True))
         alone = functools.partial(compiler, required=False)
         self._alone = torch.compile(function, backend=alone, fullgraph=True)
 
     def __call__(self, *args: Any) -> Any:
-        found = self._evaluate(args)
+        found = NotImplemented if self._with_values else self._evaluate(args)
         if found is not NotImplemented:
             return found
         values = [a.materialize() if type(a) is DeferredTensor else a for a in args]

@@ -117,6 +117,29 @@ def test_fault_U_a_write_to_the_logits_is_named(batch, caplog):
     assert "test_entering.py:" in caplog.text
 
 
+def _banned(z, y):
+    z[..., 3] = -1.0
+    return _cross_entropy(z, y)
+
+
+def _ignored(z, y):
+    z[y == 3] = 0.0
+    return _cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("loss", [_banned, _ignored])
+def test_fault_W_a_write_to_the_logits_where_breaks_are_errors(loss, batch, caplog):
+    """Plain Inductor compiles it, and the caller sees the write."""
+    second = _second(loss, fullgraph=True)
+    logits, plain = compiled(Model())(batch[0]), Model()(batch[0])
+    with caplog.at_level(logging.INFO, "autochunk.deferred"):
+        second(logits, batch[1])
+    loss(plain, batch[1])
+    torch.testing.assert_close(logits, plain)
+    assert "writes to z" in caplog.text
+    _check(loss, second, batch)
+
+
 def test_wide_and_narrow_results(batch):
     def both(z, y):
         return z.softmax(-1), z.logsumexp(-1)
