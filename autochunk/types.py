@@ -59,6 +59,8 @@ REFUSAL_CODES: Mapping[str, str] = {
     "unsupported-graph": "The graph has a construct that cannot be lowered to ATen ops here: it "
     "calls `torch.autograd.grad` or `backward` on what the logits lead to "
     "(`torch._dynamo.config.trace_autograd_ops`).",
+    "internal-error": "The rewrite of this head raised an exception that nobody expected, a fault "
+    "of autochunk: please report it. The other heads of the graph are chunked.",
 }
 
 
