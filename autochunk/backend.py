@@ -53,6 +53,7 @@ from autochunk.types import (
 )
 from autochunk.version import __version__
 from autochunk.walk import row_input_features
+from autochunk.weights import refuse_weights
 
 _T = TypeVar("_T")
 
@@ -257,8 +258,9 @@ def _analyse(
     refusals: dict[str, Refusal] = {c.name: r for c, r in refused} | dict(without)
     every = (*candidates, *(c for c, _ in refused))
     memory = Memory.of(gm.graph)
+    refusals.update(refuse_weights(gm.graph, memory, candidates))
     for candidate in candidates:
-        if candidate.name in without:
+        if candidate.name in refusals:
             continue
         refusal = refuse_to_lower(gm.graph, memory, candidate)
         if refusal is not None:
