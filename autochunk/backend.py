@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -32,12 +31,13 @@ from autochunk.evaluation import Programs
 from autochunk.find import AMPLIFY, find, is_marked_dynamic, op_name, source_line
 from autochunk.grouping import grouped, kept_more_than_once
 from autochunk.interpret import is_little_around, is_small
+from autochunk.isolation import Failure, isolate
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower, remaining_write
 from autochunk.memory import Memory
 from autochunk.order import check_order, refuse_deferral
 from autochunk.plan import plan, sizes_to_try
-from autochunk.report import Report, Row, next_graph, publish, write_debug
+from autochunk.report import Report, Row, logger, next_graph, publish, write_debug
 from autochunk.rewrite import Rewritten, Scheduled, rewrite
 from autochunk.tail import cotangents, differentiable_outputs
 from autochunk.twin import with_twin
@@ -53,13 +53,16 @@ from autochunk.types import (
 )
 from autochunk.version import __version__
 from autochunk.walk import row_input_features
+from autochunk.weights import refuse_weights
+
+_T = TypeVar("_T")
 
 #: How a backend tells Dynamo to trace again or to skip the frame; state of Dynamo's goes with it.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 
 
 class FallbackWarning(UserWarning):
-    """A rewrite failed; the graph runs as plain Inductor."""
+    """A rewrite failed; the graph, or the head that it was about, runs as plain Inductor."""
 
 
 def autochunk(
@@ -103,39 +106,71 @@ def _compile(
     amplify: float = AMPLIFY,
 ) -> Callable[..., Any]:
     graph = next_graph()
-    compiled: Callable[..., Any] | None = None
-    failure: Exception | None = None
-    try:
+    made, failing = _make(gm, options, graph, required, amplify)
+    compiled: Callable[..., Any] | Failure | None = None
+    if isinstance(made, Failure):
+        failure: Failure | None = made
+    else:
+        if required:
+            _raise_refusal(made.report)
+        compiled = _guarded(functools.partial(_compile_rewritten, made, example_inputs, options))
+        failure = compiled if isinstance(compiled, Failure) else None
+        report = made.report
+    if failure is not None:
+        report = Report(graph, (), failure=failure.text)
+    if compiled is None or isinstance(compiled, Failure):
+        # Not guarded: what plain Inductor raises, too, is no failure of a rewrite.
+        compiled = _inductor(gm, example_inputs, options)
+    if failure is not None and options.strict:
+        raise failure.error
+    if failure is not None:
+        _warn(f"the graph runs as plain Inductor ({failure.reason})")
+    elif failing:
+        found = "; ".join(f"{r.source or name}: {r.detail}" for name, r in failing.items())
+        _warn(f"{len(failing)} of its heads are left to plain Inductor ({found})")
+    publish(report, options.debug is not None)
+    return compiled
+
+
+def _make(
+    gm: fx.GraphModule, options: Options, graph: int, required: bool, amplify: float
+) -> tuple[_Made | Failure, Mapping[str, Refusal]]:
+    """The rewritten graph, and the heads that are left alone because their rewrite failed."""
+
+    def attempt(without: Mapping[str, Refusal]) -> _Made | Failure:
         # Anomaly detection looks for nan in each gradient, which a traced one cannot answer; a
         # checkpoint around the compiled function must not count what tracing saves.
         with torch.autograd.set_detect_anomaly(False), no_saved_tensors_hooks():
-            made = _rewrite(gm, options, graph, required, amplify)
-        if required:
-            _raise_refusal(made.report)
-        report = made.report
-        if made.rewritten is not None:
-            compiled = _compile_rewritten(made, made.rewritten, example_inputs, options)
+            return _guarded(lambda: _rewrite(gm, options, graph, required, amplify, without))
+
+    made = attempt({})
+    if isinstance(made, Failure) and not options.strict:
+        heads = _guarded(lambda: find(gm, options.min_bytes, amplify)[0])
+        if not isinstance(heads, Failure) and len(heads) > 1:
+            logger.info("a rewrite failed; its heads are tried one by one: %s", made.text)
+            isolated, failing = isolate(heads, attempt)
+            if isolated is not None and isolated.rewritten is not None:
+                return isolated, failing
+    return made, {}
+
+
+def _guarded(work: Callable[[], _T]) -> _T | Failure:
+    """What ``work`` returns, or what it raised and nobody expected."""
+    try:
+        return work()
     except (OptionError, RefusedError, *CONTROL_FLOW):
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        report = Report(graph, (), failure=reason + "\n" + traceback.format_exc(limit=-3))
-        failure = error
-    if compiled is None:
-        # Outside of the ``try``: what plain Inductor raises, too, is no failure of a rewrite.
-        compiled = _inductor(gm, example_inputs, options)
-    if failure is not None:
-        if options.strict:
-            raise failure
-        warnings.warn(
-            f"autochunk: a rewrite failed and the graph runs as plain Inductor ({reason}). "
-            'Please report it; options={"strict": True} shows where it comes from.',
-            FallbackWarning,
-            stacklevel=2,
-        )
-        failure = None  # its traceback refers to this frame
-    publish(report, options.debug is not None)
-    return compiled
+        return Failure(error)
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"autochunk: a rewrite failed and {what}. "
+        'Please report it; options={"strict": True} shows where it comes from.',
+        FallbackWarning,
+        stacklevel=3,
+    )
 
 
 @dataclass(frozen=True)
@@ -153,8 +188,11 @@ class _Made:
 
 
 def _compile_rewritten(
-    made: _Made, rewritten: Rewritten, example_inputs: Sequence[Any], options: Options
-) -> Callable[..., Any]:
+    made: _Made, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any] | None:
+    rewritten = made.rewritten
+    if rewritten is None:
+        return None
     if made.interpreted:
         return rewritten.gm.forward
     compiled = _inductor_with_regions(rewritten.gm, example_inputs, options)
@@ -209,12 +247,21 @@ class _Analysis:
     twins: frozenset[str] = frozenset()
 
 
-def _analyse(gm: fx.GraphModule, options: Options, required: bool, amplify: float) -> _Analysis:
+def _analyse(
+    gm: fx.GraphModule,
+    options: Options,
+    required: bool,
+    amplify: float,
+    without: Mapping[str, Refusal],
+) -> _Analysis:
     candidates, refused = find(gm, options.min_bytes, amplify)
-    refusals: dict[str, Refusal] = {c.name: r for c, r in refused}
+    refusals: dict[str, Refusal] = {c.name: r for c, r in refused} | dict(without)
     every = (*candidates, *(c for c, _ in refused))
     memory = Memory.of(gm.graph)
+    refusals.update(refuse_weights(gm.graph, memory, candidates))
     for candidate in candidates:
+        if candidate.name in refusals:
+            continue
         refusal = refuse_to_lower(gm.graph, memory, candidate)
         if refusal is not None:
             refusals[candidate.name] = refusal
@@ -235,23 +282,34 @@ def _analyse(gm: fx.GraphModule, options: Options, required: bool, amplify: floa
     return _Analysis(gm, memory, every, refusals, None, None, ())
 
 
-def _with_twins(analysis: _Analysis, options: Options, required: bool, amplify: float) -> _Analysis:
+def _with_twins(
+    analysis: _Analysis,
+    options: Options,
+    required: bool,
+    amplify: float,
+    without: Mapping[str, Refusal],
+) -> _Analysis:
     """The analysis with twins of the heads that mix rows, where that is better."""
     for name, refusal in analysis.refusals.items():
         gm = with_twin(analysis.gm, name) if refusal.code == "mixes-rows" else None
         if gm is not None:
-            again = _analyse(gm, options, required, amplify)
+            again = _analyse(gm, options, required, amplify, without)
             if len(again.refusals) < len(analysis.refusals):
                 again = replace(again, twins=analysis.twins | {name})
-                return _with_twins(again, options, required, amplify)
+                return _with_twins(again, options, required, amplify, without)
     return analysis
 
 
 def _rewrite(
-    gm: fx.GraphModule, options: Options, number: int, required: bool, amplify: float
+    gm: fx.GraphModule,
+    options: Options,
+    number: int,
+    required: bool,
+    amplify: float,
+    without: Mapping[str, Refusal],
 ) -> _Made:
-    analysis = _analyse(gm, options, required, amplify)
-    analysis = _with_twins(analysis, options, required, amplify)
+    analysis = _analyse(gm, options, required, amplify, without)
+    analysis = _with_twins(analysis, options, required, amplify, without)
     lowered, lifted, scheduled = analysis.lowered, analysis.lifted, analysis.scheduled
     rewritten: Rewritten | None = None
     stages: list[tuple[str, str]] = [("dynamo", _readable(gm))]

@@ -35,6 +35,9 @@ REFUSAL_CODES: Mapping[str, str] = {
     "as dynamic, and then it must not be specialised.",
     "feeds-layer": "The wide output feeds another layer (an MLP's or attention's projection), "
     "so it is not a head whose output is reduced.",
+    "weight": "The product is made of parameters and constants alone (an adapter's "
+    "`lora_B @ lora_A`), and what a layer makes of a batch is scaled with it: its rows are no "
+    "tokens.",
     "not-reduced": "Nothing reduces the logits to a few numbers per row: nothing uses them, or the "
     "function given to `chunked_linear` returns them.",
     "mixes-rows": "An op on the logits mixes rows (a softmax over the batch, a sort across "
@@ -59,6 +62,8 @@ REFUSAL_CODES: Mapping[str, str] = {
     "unsupported-graph": "The graph has a construct that cannot be lowered to ATen ops here: it "
     "calls `torch.autograd.grad` or `backward` on what the logits lead to "
     "(`torch._dynamo.config.trace_autograd_ops`).",
+    "internal-error": "The rewrite of this head raised an exception that nobody expected, a fault "
+    "of autochunk: please report it. The other heads of the graph are chunked.",
 }
 
 

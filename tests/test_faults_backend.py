@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_map_only
 
 import autochunk
 import autochunk.backend
+import autochunk.rewrite
+import autochunk.runtime
 import autochunk.tail
 from autochunk.backend import FallbackWarning
 from autochunk.report import collect
@@ -316,6 +318,70 @@ def test_fault_Y4_a_failed_rewrite_is_one_that_plain_inductor_compiles(
     assert "in fail" in reports[0].failure
     with pytest.raises(KeyError, match="ours"):
         backend_of(loss_of, data(), strict=True)
+
+
+def two_heads(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, extra_VH: Tensor) -> Tensor:
+    return loss_of(x_NH, w_VH, y_N) + rowwise(x_NH, extra_VH, y_N).square().mean()
+
+
+#: Functions of the backend that work on one head or on several.
+STAGES = ("refuse_to_lower", "lower", "lift", "cotangents", "plan", "_build", "rewrite")
+
+
+def _fail_at(head: str, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a stage raise wherever it has to do with one head."""
+    real = getattr(autochunk.backend, stage)
+
+    def concerns(argument: Any) -> bool:
+        if isinstance(argument, (list, tuple)):
+            return any(map(concerns, argument))
+        if isinstance(argument, autochunk.types.Lowered):
+            return stage in ("lift", "rewrite") and concerns(list(argument.heads.values()))
+        if isinstance(argument, autochunk.rewrite.Scheduled):
+            argument = argument.region
+        if isinstance(argument, autochunk.types.Region):
+            return head in argument.heads
+        return isinstance(argument, autochunk.types.Candidate) and argument.name == head
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if concerns(args):
+            raise KeyError("ours")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(autochunk.backend, stage, fail)
+
+
+@pytest.mark.usefixtures("no_codegen")
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("which", [0, 1])
+def test_fault_Y3_one_failing_head_does_not_take_the_others_down(
+    which: int, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = (*data(), data()[1])
+    with collect() as reports:
+        run(compiled(two_heads), inputs)
+    names = [row.head for row in reports[0].rows]
+    assert [row.strategy for row in reports[0].rows] == ["fused", "fused"], reports[0]
+    torch._dynamo.reset()
+    autochunk.runtime.REGIONS.clear()
+    _fail_at(names[which], stage, monkeypatch)
+    text = r"a rewrite failed and 1 of its heads .*test_faults_backend.*KeyError: 'ours'"
+    function = torch.compile(two_heads, backend="autochunk", options={**OPTIONS, "strict": False})
+    with collect() as reports, pytest.warns(FallbackWarning, match=text) as said:
+        actual = run(function, inputs)
+    assert len([w for w in said if w.category is FallbackWarning]) == 1
+    check(actual, run(two_heads, inputs), run(two_heads, widened(inputs)), torch.float32)
+    (report,) = reports
+    refused, other = report.rows[which], report.rows[1 - which]
+    assert refused.refusal is not None
+    assert refused.refusal.code == "internal-error"
+    assert "KeyError: 'ours'" in refused.refusal.detail
+    assert "return F.cross_entropy(F.linear(x_NH, w_VH)" in refused.refusal.source
+    assert other.strategy == "fused"
+    assert not report.failure
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="KeyError: 'ours'"):
+        run(compiled(two_heads), inputs)
 
 
 def masked_embeddings(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, image_KH: Tensor) -> Tensor:
