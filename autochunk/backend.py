@@ -90,8 +90,12 @@ def autochunk(
         Exception: what failed in a rewrite, with ``strict``.
     """
     parsed = Options.parse(options, mode)
-    entered = enter(gm, functools.partial(_compile, options=parsed))
-    if entered is not None:
+    entered = _guarded(lambda: enter(gm, functools.partial(_compile, options=parsed)))
+    if isinstance(entered, Failure):
+        if parsed.strict:
+            raise entered.error
+        _warn(f"logits that enter a compiled function are computed ({entered.reason})")
+    elif entered is not None:
         return entered
     amplify = 0 if required else AMPLIFY
     return _compile(gm, example_inputs, options=parsed, required=required, amplify=amplify)

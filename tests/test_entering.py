@@ -20,7 +20,9 @@ from test_recording import (
 from torch import Tensor, nn
 
 import autochunk
+import autochunk.backend
 from autochunk import DeferredTensor, StaleError
+from autochunk.backend import FallbackWarning
 from autochunk.report import collect
 
 
@@ -138,6 +140,23 @@ def test_fault_W_a_write_to_the_logits_where_breaks_are_errors(loss, batch, capl
     torch.testing.assert_close(logits, plain)
     assert "writes to z" in caplog.text
     _check(loss, second, batch)
+
+
+def test_fault_Y4_what_fails_before_the_graph_is_compiled(batch, monkeypatch):
+    def fail(*args):
+        raise KeyError("ours")
+
+    model = Model()
+    first, another = (compiled(model)(batch[0]) for _ in range(2))
+    monkeypatch.setattr(autochunk.backend, "enter", fail)
+    text = "logits that enter a compiled function are computed .*KeyError: 'ours'"
+    second = torch.compile(_cross_entropy, backend="autochunk", options={"min_bytes": 0})
+    with pytest.warns(FallbackWarning, match=text):
+        loss = second(first, batch[1])
+    torch.testing.assert_close(loss, _cross_entropy(model(batch[0]), batch[1]))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="KeyError: 'ours'"):
+        _second(_cross_entropy)(another, batch[1])
 
 
 def test_wide_and_narrow_results(batch):
