@@ -35,6 +35,8 @@ REFUSAL_CODES: Mapping[str, str] = {
     "as dynamic, and then it must not be specialised.",
     "feeds-layer": "The wide output feeds another layer (an MLP's or attention's projection), "
     "so it is not a head whose output is reduced.",
+    "other-product": "The head is no linear: a product with another weight for each batch (`bmm`, "
+    "`matmul`, `einsum`), or a convolution whose kernel reads several positions.",
     "not-reduced": "Nothing reduces the logits to a few numbers per row: nothing uses them, or the "
     "function given to `chunked_linear` returns them.",
     "mixes-rows": "An op on the logits mixes rows (a softmax over the batch, a sort across "
