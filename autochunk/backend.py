@@ -32,9 +32,9 @@ from autochunk.evaluation import Programs
 from autochunk.find import AMPLIFY, find, hint, is_marked_dynamic, op_name, source_line
 from autochunk.grouping import grouped, kept_more_than_once
 from autochunk.interpret import is_little_around, is_small
-from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower, remaining_write
 from autochunk.memory import Memory
+from autochunk.merging import lift_unmerged
 from autochunk.order import check_order, refuse_deferral
 from autochunk.plan import plan, sizes_to_try
 from autochunk.products import other_products
@@ -228,7 +228,7 @@ def _analyse(gm: fx.GraphModule, options: Options, required: bool, amplify: floa
         if remaining is not None:
             refusals.update(dict.fromkeys((c.name for c in kept), remaining))
             break
-        lifted = lift(lowered, defer=not required)
+        lowered, lifted = lift_unmerged(lowered, defer=not required)
         found = {**lifted.refusals, **refuse_deferral(memory, lowered, lifted)}
         if not found:
             scheduled, found = _schedule(lowered, lifted, options, required)

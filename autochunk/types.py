@@ -368,6 +368,8 @@ class Lifted:
         splits: Tail nodes whose first argument is replaced by a region's output.
         tail: Lowered nodes outside of the regions that depend on their outputs, in order.
         deferred: Lowered outputs that are wide: the logits themselves, returned to the user.
+        merging: Views of wide values that merge rows with features. If there are any there is
+            nothing else: they are to be moved first (``merging.py``).
     """
 
     regions: tuple[Region, ...]
@@ -376,6 +378,7 @@ class Lifted:
     splits: Mapping[fx.Node, Split]
     tail: tuple[fx.Node, ...]
     deferred: tuple[fx.Node, ...]
+    merging: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
