@@ -60,7 +60,7 @@ _INDEXED = {
     *(aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default),
     *(aten.scatter.value_reduce, aten.scatter_reduce.two),
 }
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 _PERMUTING = (aten.permute.default, aten.transpose.int, aten.t.default)
 _SQUEEZING = (aten.squeeze.dim, aten.squeeze.dims)
 
@@ -139,8 +139,8 @@ class _Mover:
             with self.graph.inserting_before(node):
                 try:
                     if node in self.views:
-                        start = _Fine(node.args[0], (1,) * node.args[0].meta["val"].dim())
-                        self.fine[node] = self._view(node, start)
+                        node.meta[KEPT] = Boundary("mixes-rows", "a view of rows and features")
+                        self.fine[node] = self._view(node, self._fine_of(node.args[0]))
                     elif given and node.op == "call_function":
                         self._take(node)
                     elif given:
@@ -148,10 +148,14 @@ class _Mover:
                 except Boundary as boundary:
                     self._keep(node, given, boundary)
 
+    def _fine_of(self, node: fx.Node) -> _Fine:
+        return self.fine.get(node) or _Fine(node, (1,) * node.meta["val"].dim())
+
     def _take(self, node: fx.Node) -> None:
         """Writes an op for the fine shape of its operands."""
         if isinstance(node.meta["val"], torch.SymInt):
-            raise Boundary("no-rule", "a size")
+            node.replace_all_uses_with(self._number(node.meta["val"]))
+            return
         made = self._moved(node)
         if all(n == 1 for n in made.groups):
             node.replace_all_uses_with(made.node)
@@ -163,7 +167,10 @@ class _Mover:
         if node in self.views:
             node.meta[KEPT] = boundary
         for arg in given:
-            merged = self._merge(arg)
+            try:
+                merged = self._merge(arg)
+            except Boundary:
+                continue  # the view stays where it was
             if boundary is not None:
                 boundary.at = node
             if merged.meta.get(KEPT) is None:
@@ -174,7 +181,10 @@ class _Mover:
         if node not in self.merged:
             fine = self.fine[node]
             merged = [self._number(prod(sizes)) for sizes in fine.sizes]
-            self.merged[node] = self._emit(aten.reshape.default, fine.node, merged)
+            whole = fine.node
+            if not whole.meta["val"].is_contiguous():
+                whole = self._emit(aten.clone.default, whole, memory_format=torch.contiguous_format)
+            self.merged[node] = self._emit(aten.view.default, whole, merged)
             self.merged[node].meta["stack_trace"] = node.meta.get("stack_trace")
         return self.merged[node]
 
@@ -245,7 +255,7 @@ class _Mover:
 
     def _operand(self, arg: fx.Node, wanted: Sequence[tuple[Any, ...]]) -> fx.Node:
         """An operand with its dimensions split as those of ``wanted``, of which there are more."""
-        own = self.fine.get(arg) or _Fine(arg, (1,) * arg.meta["val"].dim())
+        own = self._fine_of(arg)
         sizes: list[Any] = []
         for mine, theirs in zip(own.sizes, wanted[len(wanted) - len(own.groups) :], strict=True):
             if len(mine) == len(theirs):
@@ -260,6 +270,8 @@ class _Mover:
 
     def _along(self, node: fx.Node, fine: _Fine) -> _Fine:
         bound = bind(node)
+        if node.target is aten.slice.Tensor and _is_whole(node):
+            return fine
         several = isinstance(bound.get("dim", bound.get("dims")), (list, tuple))
         name = "dims" if "dims" in bound else "dim"
         dims = [fine.dim(d, node) for d in (bound[name] if several else [bound[name]])]
@@ -274,7 +286,7 @@ class _Mover:
 
     def _aligned(self, arg: fx.Node, wanted: Sequence[tuple[Any, ...]]) -> fx.Node:
         """A tensor that has the fine shape ``wanted``, but any size in place of None."""
-        own = self.fine.get(arg) or _Fine(arg, (1,) * arg.meta["val"].dim())
+        own = self._fine_of(arg)
         filled = [
             mine if theirs == (None,) else theirs
             for mine, theirs in zip(own.sizes, wanted, strict=True)
@@ -368,39 +380,54 @@ class _Mover:
 
     def _split(self, node: fx.Node, sizes: Sequence[Any]) -> fx.Node:
         """A value as its dimensions split into ``sizes``; one number everywhere is made so."""
+        ones = [d for d, size in enumerate(sizes) if statically_known_true(size == 1)]
+        rest = [size for d, size in enumerate(sizes) if d not in ones]
+        if same_shape(rest, node.meta["val"].shape):
+            for d in ones:
+                node = self._emit(aten.unsqueeze.default, node, d)
+            return node
         if node.target is aten.full.default and all(isinstance(s, int) for s in sizes):
             return self._emit(aten.full.default, list(sizes), node.args[1], **node.kwargs)
-        return self._emit(aten.view.default, node, [self._number(s) for s in sizes])
+        made = self._emit(aten.view.default, node, [self._number(s) for s in sizes])
+        shapes = f"{list(node.meta['val'].shape)} as {list(sizes)}"
+        made.meta[KEPT] = Boundary("mixes-rows", f"a view of {shapes} mixes rows")
+        return made
 
     def _number(self, size: Any) -> Any:
         """A size as a number, or a node that computes it."""
         if not isinstance(size, torch.SymInt):
             return size
         expr = size.node.expr
+        if expr.is_number:
+            return int(expr)
         if expr not in self.numbers:
-            known = {symbol: fx.Proxy(self._symbol(symbol)) for symbol in expr.free_symbols}
-            self.numbers[expr] = sympy_interp(PythonReferenceAnalysis, known, expr).node
-            for node in self.graph.nodes:
-                if "val" not in node.meta and node.op == "call_function":
-                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
-                    node.meta["val"] = node.target(*args, **kwargs)
+            known = self._provider(expr)
+            if known is None:
+                symbols = {symbol: self._provider(symbol) for symbol in expr.free_symbols}
+                if None in symbols.values():
+                    raise Boundary("no-rule", f"a size of {expr} cannot be computed here")
+                env = {symbol: fx.Proxy(node) for symbol, node in symbols.items()}
+                known = sympy_interp(PythonReferenceAnalysis, env, expr).node
+                for node in self.graph.nodes:
+                    if "val" not in node.meta and node.op == "call_function":
+                        values = fx.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+                        node.meta["val"] = node.target(*values[0], **values[1])
+            self.numbers[expr] = known
         return self.numbers[expr]
 
-    def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
-        """A node that has the value of a symbol, from an input of the graph."""
-        if symbol in self.numbers:
-            return self.numbers[symbol]
+    def _provider(self, expr: sympy.Expr) -> fx.Node | None:
+        """A node that is a number, or a size of a value before this op."""
         for node in self.graph.nodes:
             val = node.meta.get("val")
-            if node.op != "placeholder":
-                continue
-            if isinstance(val, torch.SymInt) and val.node.expr == symbol:
+            if node is self.current:
+                break
+            if isinstance(val, torch.SymInt) and val.node.expr == expr:
                 return node
             for dim, size in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
-                if isinstance(size, torch.SymInt) and size.node.expr == symbol:
-                    made = self._emit(aten.sym_size.int, node, dim)
-                    return self.numbers.setdefault(symbol, made)
-        raise Boundary("no-rule", f"the size {symbol} is that of no input")
+                found = isinstance(size, torch.SymInt) and size.node.expr == expr
+                if found and node not in self.fine:
+                    return self._emit(aten.sym_size.int, node, dim)
+        return None
 
     def _emit_bound(self, node: fx.Node, bound: dict[str, Any], changed: dict[str, Any]) -> fx.Node:
         bound = {**bound, **changed}
@@ -422,6 +449,13 @@ class _Mover:
         if self.current is not None:
             made.meta["stack_trace"] = self.current.meta.get("stack_trace")
         return made
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a slice takes everything."""
+    return bind(node)["step"] == 1 and same_shape(
+        node.meta["val"].shape, node.args[0].meta["val"].shape
+    )
 
 
 def _refined(shape: Sequence[Any], seen: Sequence[Any]) -> tuple[list[Any], tuple[int, ...]] | None:

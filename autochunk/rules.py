@@ -790,7 +790,7 @@ def _embedding(walk: Walk, node: fx.Node) -> RowValue:
 
 # A view that regroups rows among rows and features among features moves no element to another
 # row.
-@_register("layout", [aten.view.default, aten._unsafe_view.default, aten.reshape.default])
+@_register("layout", [aten.view.default, aten._unsafe_view.default])
 def _view(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
     shape = tuple(node.meta["val"].shape)

@@ -112,7 +112,7 @@ def _musicgen(x: Tensor, y: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
     """The loop of MusicGen's forward, which returns the merged logits as well."""
     z = stacked(x, weights, 1)
     logits, y = z[:, :, -y.shape[2] :], y.movedim(1, -1)
-    loss = torch.zeros([])
+    loss = torch.zeros([], dtype=x.dtype)
     for k in range(len(weights)):
         codebook = logits[:, k].contiguous().view(-1, logits.shape[-1])
         loss += F.cross_entropy(codebook, y[..., k].contiguous().view(-1))
@@ -162,23 +162,20 @@ def test_fault_R1_stacked_heads_are_chunked(function: Callable[..., Any]) -> Non
     check_chunked(function, data_of(function), torch.float32, OPTIONS)
 
 
+VARYING = [_flattened, _last_but_one, _k_dimensional, _logps, _shifted, _musicgen]
+
+
 @pytest.mark.usefixtures("no_codegen")
-@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "marked"])
-@pytest.mark.parametrize("function", STACKS, ids=lambda f: f.__name__)
-def test_fault_R1_stacked_heads_with_lengths_that_vary(
-    function: Callable[..., Any], dynamic: bool | None
-) -> None:
+@pytest.mark.parametrize("function", VARYING, ids=lambda f: f.__name__)
+def test_fault_R1_stacked_heads_with_lengths_that_vary(function: Callable[..., Any]) -> None:
     inputs = data_of(function, torch.float64)
-    if dynamic is None:
-        torch._dynamo.mark_dynamic(inputs[0], 1)
-        torch._dynamo.mark_dynamic(inputs[1], 2)
     with collect() as reports:
-        actual = run(compiled(function, dynamic=dynamic), inputs)
-    assert not [row.refusal for report in reports for row in report.refused], reports[0]
+        actual = run(compiled(function, dynamic=True), inputs)
+    assert not [row.refusal for report in reports for row in report.refused], str(reports[0])
     check(actual, run(function, inputs), run(function, inputs), torch.float64)
 
 
-@pytest.mark.parametrize("function", [_flattened, _dia_returned, _per_token])
+@pytest.mark.parametrize("function", [_per_token, _dia_returned])
 def test_fault_R1_stacked_heads_with_kernels(function: Callable[..., Any]) -> None:
     check_chunked(function, data_of(function), torch.float32, OPTIONS)
 
@@ -224,7 +221,7 @@ MIXING: dict[str, tuple[Callable[..., Tensor], str, str]] = {
         "no-rule",
         "cat",
     ),
-    "view": (lambda z, y: z.view(-1, 7, V).logsumexp(1).amax(-1).sum(), "mixes-rows", "view"),
+    "view": (lambda z, y: z.view(B, 14, 9, V).logsumexp(1).amax(-1).sum(), "mixes-rows", "view"),
 }
 
 
