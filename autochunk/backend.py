@@ -28,15 +28,16 @@ from autochunk.donation import donation_aware
 from autochunk.embedding import embedding_gradients
 from autochunk.entering import enter
 from autochunk.evaluation import Programs
-from autochunk.find import AMPLIFY, find, is_marked_dynamic, op_name, source_line
+from autochunk.find import AMPLIFY, find, hint, is_marked_dynamic, op_name, source_line
 from autochunk.grouping import grouped, kept_more_than_once
 from autochunk.interpret import is_little_around, is_small
 from autochunk.isolation import Failure, isolate
-from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower, remaining_write
 from autochunk.memory import Memory
+from autochunk.merging import lift_unmerged
 from autochunk.order import check_order, refuse_deferral
 from autochunk.plan import plan, sizes_to_try
+from autochunk.products import other_products
 from autochunk.report import Report, Row, logger, next_graph, publish, write_debug
 from autochunk.rewrite import Rewritten, Scheduled, rewrite
 from autochunk.tail import cotangents, differentiable_outputs
@@ -259,6 +260,8 @@ def _analyse(
     without: Mapping[str, Refusal],
 ) -> _Analysis:
     candidates, refused = find(gm, options.min_bytes, amplify)
+    if not required:
+        refused = (*refused, *other_products(gm, options.min_bytes))
     refusals: dict[str, Refusal] = {c.name: r for c, r in refused} | dict(without)
     every = (*candidates, *(c for c, _ in refused))
     memory = Memory.of(gm.graph)
@@ -276,7 +279,7 @@ def _analyse(
         if remaining is not None:
             refusals.update(dict.fromkeys((c.name for c in kept), remaining))
             break
-        lifted = lift(lowered, defer=not required)
+        lowered, lifted = lift_unmerged(lowered, defer=not required)
         found = {**lifted.refusals, **refuse_deferral(memory, lowered, lifted)}
         if not found:
             scheduled, found = _schedule(lowered, lifted, options, required)
@@ -554,7 +557,8 @@ def _row(candidate: Candidate, analysis: _Analysis) -> Row:
     lowered, lifted, scheduled = analysis.lowered, analysis.lifted, analysis.scheduled
     val = candidate.node.meta["example_value"]
     dtype = str(val.dtype).removeprefix("torch.")
-    rows = "×".join(str(s) for s in val.shape[:-1])
+    by_row = val.shape[:-1] if hint(val.shape[-1]) == candidate.out_features else [candidate.rows]
+    rows = "×".join(str(s) for s in by_row)
     row = Row(
         head=candidate.name,
         source=candidate.source,

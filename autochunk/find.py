@@ -9,7 +9,7 @@ MLP's inner layer may be wider than the vocabulary. Everything subtler is for ``
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import sympy
@@ -68,7 +68,7 @@ def find(
         node = candidate.node
         if _ratio(candidate) < 1 and any(_leads_to(other, {node}) for other in nodes[:i]):
             continue
-        layer = _layer_fed_by(node, last)
+        layer = layer_fed_by(node, last)
         if layer is None and _ratio(candidate) >= AMPLIFY:
             last.add(node)
         refusal = _refuse_at_a_glance(candidate, min_bytes, layer)
@@ -382,11 +382,20 @@ def _constraints(shape_env: Any) -> Iterator[tuple[Any, set[sympy.Symbol]]]:
                 yield constraint, size.node.expr.free_symbols
 
 
-def _layer_fed_by(head: fx.Node, last: Collection[fx.Node]) -> fx.Node | None:
+def _is_layer(node: fx.Node) -> bool:
+    return parse_linear(node) is not None or node.target in LAYERS
+
+
+def layer_fed_by(
+    head: fx.Node, last: Collection[fx.Node], is_layer: Callable[[fx.Node], bool] = _is_layer
+) -> fx.Node | None:
     """A layer that the wide values downstream of ``head`` enter, if any.
 
     One with a narrow output counts if it leads to one of ``last``, and nothing else makes narrow
     values of the wide ones: an MLP's, but not ``softmax(logits) @ embeddings`` beside a loss.
+
+    Args:
+        is_layer: What counts as one.
     """
     wide_numel = hint(fake(head).numel())
     seen, stack = {head}, [head]
@@ -399,7 +408,7 @@ def _layer_fed_by(head: fx.Node, last: Collection[fx.Node]) -> fx.Node | None:
                 continue
             seen.add(user)
             wide = _is_wide(fake(user), wide_numel)
-            if parse_linear(user) is not None or user.target in LAYERS:
+            if is_layer(user):
                 if wide:
                     return user
                 if _leads_to(user, last):

@@ -32,6 +32,8 @@ def lift(lowered: Lowered, defer: bool = True) -> Lifted:
         defer: Heads whose logits are only returned are no refusals, though they have no region.
     """
     walk, refusals, groups = _walk(lowered, {}, defer)
+    if walk.merging:
+        return Lifted((), {}, {}, {}, (), (), merging=tuple(walk.merging))
     sunk = sinkable(lowered)
     if sunk and groups:
         with_sunk = _walk(lowered, sunk, defer)
@@ -58,6 +60,8 @@ def _walk(
     while True:
         walk = Walk(lowered, frozenset(refusals), sunk)
         walk.run()
+        if walk.merging:
+            return walk, {}, []
         found = walk.refusals(defer)
         if not found:
             break

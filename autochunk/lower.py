@@ -209,7 +209,7 @@ def _lower(
         outputs=outputs,
         writes=writes,
         heads=_head_nodes(lowered.graph, heads),
-        needs_grad=_needs_grad(lowered.graph, [node in inside.needing for node in inputs]),
+        needs_grad=needs_grad(lowered.graph, [node in inside.needing for node in inputs]),
         cone=cone,
         inside=run_here,
     )
@@ -348,7 +348,8 @@ def _head_nodes(graph: fx.Graph, heads: dict[fx.Node, Candidate]) -> dict[fx.Nod
     return found
 
 
-def _needs_grad(graph: fx.Graph, inputs_need: Sequence[bool]) -> frozenset[fx.Node]:
+def needs_grad(graph: fx.Graph, inputs_need: Sequence[bool]) -> frozenset[fx.Node]:
+    """The nodes through which a gradient flows, given the placeholders that have one."""
     if not torch.is_grad_enabled():
         return frozenset()
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]

@@ -29,7 +29,7 @@ from autochunk.find import fake
 from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
 from autochunk.memory import Memory, is_alias, storages, written_arguments
 from autochunk.runtime import gradient_positions
-from autochunk.tail import logical_order, output_index
+from autochunk.tail import applied, logical_order, output_index
 from autochunk.types import (
     Cotangents,
     Lifted,
@@ -285,7 +285,7 @@ class _Writer:
                 )
             else:
                 made = self._emit(
-                    node.target, *fx.map_arg(args, self._get), **fx.map_arg(kwargs, self._get)
+                    applied(node), *fx.map_arg(args, self._get), **fx.map_arg(kwargs, self._get)
                 )
             for attach, args in losses.get(node, []):
                 made = self._emit(attach, made, *args)

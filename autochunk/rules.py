@@ -40,12 +40,14 @@ class Boundary(Exception):
     Attributes:
         code: Refusal code, should a wide value be lost by it.
         detail: One sentence.
+        at: The op, if it is not the one that is being lifted.
     """
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
         self.code = code
         self.detail = detail
+        self.at: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Rule:
 
 
 RULES: dict[Any, Rule] = {}
+
+#: In the ``meta`` of a view that merges rows with features: it cannot be moved behind other ops
+#: (``merging.py``) because of this Boundary; None if it is only returned.
+KEPT = "autochunk_kept"
 
 
 def rule_for(target: Any) -> Rule | None:
@@ -641,7 +647,7 @@ def _picks_one_feature(x: RowValue, indices: Sequence[Any]) -> bool:
     n_rows = sum(x.is_row)
     used = [d for d, i in enumerate(indices) if i is not None]
     return used == list(range(n_rows + 1)) and all(
-        _is_iota_of(indices[d], d, x.shape[:n_rows]) for d in range(n_rows)
+        is_iota_of(indices[d], d, x.shape[:n_rows]) for d in range(n_rows)
     )
 
 
@@ -687,7 +693,7 @@ def _labels_of(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> fx.No
     return walk.view(wrapped, [1])
 
 
-def _is_iota_of(index: fx.Node, dim: int, row_shape: Sequence[Any]) -> bool:
+def is_iota_of(index: fx.Node, dim: int, row_shape: Sequence[Any]) -> bool:
     """Whether ``index`` is ``arange(row_shape[dim])``, shaped to vary along ``dim`` only."""
     shape = index.meta["val"].shape
     position = len(row_shape) - len(shape)
@@ -790,7 +796,7 @@ def _view(walk: Walk, node: fx.Node) -> RowValue:
     shape = tuple(node.meta["val"].shape)
     is_row = match_view(x, shape)
     if is_row is None:
-        raise Boundary("mixes-rows", f"a view of {list(x.shape)} as {list(shape)} mixes rows")
+        raise walk.stopped_by_view(node, x)
     features = [s for s, row in zip(shape, is_row, strict=True) if not row]
     emitted = x.node
     if not same_shape(features, x.features):

@@ -21,6 +21,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from autochunk.types import Cotangents, Lifted, Lowered, Region, RowValue
 from autochunk.walk import is_size
 
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
 
 def differentiable_outputs(lowered: Lowered, lifted: Lifted, region: Region) -> set[fx.Node]:
     """Outputs of the graph that a gradient could come back from, into ``region``."""
@@ -203,7 +206,7 @@ def _trace_vjp(
                         if arg not in env:
                             env[arg] = read(lifted.values[arg])
                     args_, kwargs = map_args(node.args, env), map_args(node.kwargs, env)
-                env[node] = node.target(*args_, **kwargs)
+                env[node] = applied(node)(*args_, **kwargs)
             wanted = [leaves[i] for i in grad_outputs]
             end = env[loss]
             one = torch.ones([1] * end.dim(), dtype=end.dtype, device=end.device)
@@ -220,6 +223,11 @@ def _trace_vjp(
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph, list(inputs)
+
+
+def applied(node: fx.Node) -> Any:
+    """The op that a tail node applies: a region's outputs may have other strides than eager's."""
+    return aten.reshape.default if node.target in _VIEWS else node.target
 
 
 def _call(target: Any, *args: Any, **kwargs: Any) -> Any:

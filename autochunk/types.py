@@ -38,6 +38,8 @@ REFUSAL_CODES: Mapping[str, str] = {
     "weight": "The product is made of parameters and constants alone (an adapter's "
     "`lora_B @ lora_A`), and what a layer makes of a batch is scaled with it: its rows are no "
     "tokens.",
+    "other-product": "The head is no linear: a product with another weight for each batch (`bmm`, "
+    "`matmul`, `einsum`), or a convolution whose kernel reads several positions.",
     "not-reduced": "Nothing reduces the logits to a few numbers per row: nothing uses them, or the "
     "function given to `chunked_linear` returns them.",
     "mixes-rows": "An op on the logits mixes rows (a softmax over the batch, a sort across "
@@ -371,6 +373,8 @@ class Lifted:
         splits: Tail nodes whose first argument is replaced by a region's output.
         tail: Lowered nodes outside of the regions that depend on their outputs, in order.
         deferred: Lowered outputs that are wide: the logits themselves, returned to the user.
+        merging: Views of wide values that merge rows with features. If there are any there is
+            nothing else: they are to be moved first (``merging.py``).
     """
 
     regions: tuple[Region, ...]
@@ -379,6 +383,7 @@ class Lifted:
     splits: Mapping[fx.Node, Split]
     tail: tuple[fx.Node, ...]
     deferred: tuple[fx.Node, ...]
+    merging: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)

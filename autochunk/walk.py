@@ -24,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autochunk.find import hint, is_differentiable, op_name, source_line
 from autochunk.pieces import join, whole
-from autochunk.rules import Boundary, aten, bind, rule_for, same_rows, same_shape, same_size
+from autochunk.rules import KEPT, Boundary, aten, bind, rule_for, same_rows, same_shape, same_size
 from autochunk.sink import ancestors, rows_of
 from autochunk.types import (
     NARROW,
@@ -60,7 +60,7 @@ class Walk:
         body: Graph under construction, shared by all regions of the walk.
         env: The row value (or tuple of them) of each lifted node.
         values: Row values that the outer graph reads.
-        splits, tail, deferred: as in :class:`Lifted`.
+        splits, tail, deferred, merging: as in :class:`Lifted`.
         products: The head that each product in the body belongs to.
         without_gradient: Nodes of the body through which no gradient flows.
         sunk: Nodes that depend on no head and are tried all the same (``sink.sinkable``). Their
@@ -80,6 +80,7 @@ class Walk:
         self.splits: dict[fx.Node, Split] = {}
         self.tail: dict[fx.Node, None] = {}
         self.deferred: list[fx.Node] = []
+        self.merging: dict[fx.Node, None] = {}
         self.row_inputs: dict[fx.Node, RowInput] = {}
         self.shared_inputs: dict[fx.Node, fx.Node] = {}
         self.index_uses: list[tuple[fx.Node, Any, bool, str]] = []
@@ -172,6 +173,9 @@ class Walk:
             parts = self.env[node.args[0]]
             assert isinstance(parts, tuple)  # only ops with several results are indexed
             self.env[node] = parts[node.args[1]]
+            return
+        if node.meta.get(KEPT, self) is None and self._is_wide(self.row_argument(node, lifted[0])):
+            self.env[node] = self.env[lifted[0]]  # only returned, with the logits' own dimensions
             return
         try:
             result = self._apply(node)
@@ -278,12 +282,8 @@ class Walk:
         for arg in lifted:
             value = self.env[arg]
             if isinstance(value, tuple) or self._is_wide(value):
-                refusal = Refusal(
-                    boundary.code,
-                    op_name(node),
-                    boundary.detail,
-                    source_line(node),
-                )
+                at = boundary.at or node
+                refusal = Refusal(boundary.code, op_name(at), boundary.detail, source_line(at))
                 for part in parts(value):
                     for name in part.heads & self.names:
                         self._found.setdefault(name, refusal)
@@ -352,6 +352,15 @@ class Walk:
         if not isinstance(value, RowValue):
             raise Boundary("no-rule", f"{node.target} takes the logits as a side argument")
         return value
+
+    def stopped_by_view(self, node: fx.Node, x: RowValue) -> Boundary:
+        """The boundary at a view that merges rows with features, which may be moved instead."""
+        if node.meta.get(KEPT) is not None:
+            return node.meta[KEPT]
+        if KEPT not in node.meta and self._is_wide(x) and self.depends_on_head(x):
+            self.merging[node] = None
+        shape = list(node.meta["val"].shape)
+        return Boundary("mixes-rows", f"a view of {list(x.shape)} as {shape} mixes rows")
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node of the body."""
