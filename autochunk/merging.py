@@ -75,15 +75,21 @@ def lift_unmerged(lowered: Lowered, defer: bool = True) -> tuple[Lowered, Lifted
 
 
 def _unmerge(lowered: Lowered, views: Collection[fx.Node]) -> Lowered:
-    """The same with ``views`` moved as far as they go; ``lowered.graph`` is modified."""
-    graph = lowered.graph.graph
+    """The same, as another graph, with ``views`` moved as far as they go."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(lowered.graph.graph, copies))
     with enable_python_dispatcher(), torch.no_grad(), torch._C._DisableAutocast():
-        _Mover(graph, views).run()
+        _Mover(graph, {copies[view] for view in views}).run()
     graph.eliminate_dead_code()
     graph.lint()
-    lowered.graph.recompile()
-    needing = [node in lowered.needs_grad for node in graph.nodes if node.op == "placeholder"]
-    return replace(lowered, needs_grad=needs_grad(graph, needing))
+    needing = [node in lowered.needs_grad for node in copies if node.op == "placeholder"]
+    return replace(
+        lowered,
+        graph=fx.GraphModule(lowered.graph, graph),
+        heads={copies[node]: candidate for node, candidate in lowered.heads.items()},
+        needs_grad=needs_grad(graph, needing),
+    )
 
 
 @dataclass(frozen=True)
