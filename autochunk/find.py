@@ -29,6 +29,7 @@ _MATMUL = {torch.matmul, operator.matmul, torch.mm, "matmul", "mm", "__matmul__"
 _ADDMM = {torch.addmm, "addmm", _aten.addmm.default}
 #: Ops besides linears that make a network of what enters them.
 LAYERS = {F.scaled_dot_product_attention, torch.bmm, F.conv1d, F.conv2d, "bmm"}
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 _INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "setitem"}
 
 #: Calls of a Dynamo graph that may draw random numbers.
@@ -112,21 +113,32 @@ def as_candidate(node: fx.Node) -> Candidate | None:
         and isinstance(out, torch.Tensor)
     ):
         return None
-    if x_val.dim() < 2 or w_val.dim() != 2 or out.dim() < 2 or not out.is_floating_point():
+    if x_val.dim() < 2 or out.dim() < 2 or not out.is_floating_point():
         return None
-    in_features, out_features = hint(x_val.shape[-1]), hint(out.shape[-1])
+    if layout in ("VH", "HV") and w_val.dim() != 2:
+        return None
+    in_features = x_val.shape[features_dim(layout)]
+    rows = x_val.numel() // in_features if hint(in_features) else 0
+    out_features = hint(out.numel()) // max(hint(rows), 1)
+    if layout in ("VH", "HV"):  # also of no rows
+        rows, out_features = out.numel() // out.shape[-1], hint(out.shape[-1])
     return Candidate(
         node=node,
         x=x,
         weight=weight,
         bias=bias,
         weight_layout=layout,
-        rows=out.numel() // out.shape[-1],
-        in_features=in_features,
+        rows=rows,
+        in_features=hint(in_features),
         out_features=out_features,
         logits_bytes=hint(out.numel()) * out.element_size(),
         source=source_line(node),
     )
+
+
+def features_dim(layout: str) -> int:
+    """The dimension of the hidden states that a product contracts."""
+    return 1 if layout == "conv" else -1
 
 
 def fake(node: fx.Node) -> Any:
@@ -270,6 +282,8 @@ def parse_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, str] 
         ):
             return None
         operands, layout = [args[1], args[2], args[0]], "HV"
+    elif target in _CONVOLUTIONS:
+        return _parse_convolution(node)
     elif target is torch.einsum and len(args) >= 2 and isinstance(args[0], str):
         return _parse_einsum(args[0], args[1:])
     else:
@@ -282,10 +296,36 @@ def parse_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, str] 
     return x, weight, bias, layout
 
 
+def _parse_convolution(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, str] | None:
+    """Convolutions that are a linear for each position: a kernel of one, one group."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    got = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    x, weight, bias = got.get("input"), got.get("weight"), got.get("bias")
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    if bias is not None and not isinstance(bias, fx.Node):
+        return None
+    x_val, w_val = fake(x), fake(weight)
+    if not isinstance(x_val, torch.Tensor) or not isinstance(w_val, torch.Tensor):
+        return None
+    is_batch = x_val.dim() == w_val.dim()
+    kernel = all(isinstance(size, int) and size == 1 for size in w_val.shape[2:])
+    stride, padding = got.get("stride", 1), got.get("padding", 0)
+    strides = stride if isinstance(stride, (tuple, list)) else (stride,)
+    paddings = padding if isinstance(padding, (tuple, list)) else (padding,)
+    whole = all(s == 1 for s in strides) and all(p in (0, "valid", "same") for p in paddings)
+    if not (is_batch and kernel and whole and got.get("groups", 1) == 1):
+        return None
+    return x, weight, bias, "conv"
+
+
 def _parse_einsum(
     equation: str, rest: tuple[object, ...]
 ) -> tuple[fx.Node, fx.Node, None, str] | None:
-    """Einsums that are a linear: ``bth,vh->btv``, ``nh,hv->nv``, either order of operands."""
+    """Einsums that are a linear: ``bth,vh->btv``, ``nh,hv->nv``, either order of operands.
+
+    The weight may have several dimensions of output features: ``nh,kvh->nkv``.
+    """
     operands = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
@@ -294,16 +334,19 @@ def _parse_einsum(
     for i in (0, 1):
         x_term, w_term = terms[i], terms[1 - i]
         x, weight = operands[i], operands[1 - i]
-        rows, h, v = x_term[:-1], x_term[-1:], output[-1:]
+        rows, h = x_term[:-1], x_term[-1:]
+        v = output[len(rows) :]
         if (
             isinstance(x, fx.Node)
             and isinstance(weight, fx.Node)
             and output == rows + v
             and rows
+            and v
             and w_term in (v + h, h + v)
-            and len({*x_term, v}) == len(x_term) + 1
+            and len({*x_term, *v}) == len(x_term) + len(v)
         ):
-            return x, weight, None, "VH" if w_term == v + h else "HV"
+            layout = "VH" if w_term == v + h else "HV"
+            return x, weight, None, layout if len(v) == 1 else f"K{layout}"
     return None
 
 
@@ -345,7 +388,9 @@ def _dynamic_features(candidate: Candidate) -> str | None:
     weight = candidate.weight
     for node in (weight, candidate.x):
         val = fake(node)
-        features = val.shape if node is weight else val.shape[-1:]
+        features = val.shape
+        if node is not weight:
+            features = (val.shape[features_dim(candidate.weight_layout)],)
         if any(map(is_marked_dynamic, features)):
             what = "the weight's" if node is weight else "the hidden states'"
             return f"{what} number of features is marked as dynamic (mark_dynamic)"

@@ -317,14 +317,26 @@ def _call_head(candidate: Candidate, env: dict[fx.Node, Any]) -> torch.Tensor:
     """The head as one matrix product over flattened rows, whatever it was written as."""
     x, weight = env[candidate.x], env[candidate.weight]
     bias = None if candidate.bias is None else env[candidate.bias]
+    layout = candidate.weight_layout
+    is_conv, hidden_last = layout == "conv", layout in ("VH", "KVH", "conv")
+    x = x.movedim(1, -1) if is_conv else x
     rows = x.reshape(-1, x.shape[-1])
-    if candidate.weight_layout == "VH":
+    features = weight.shape[:1] if is_conv else weight.shape[:-1]
+    if not hidden_last:
+        features = weight.shape[1:]
+    if weight.dim() > 2:
+        weight = weight.flatten(0, -2) if layout == "KVH" else weight.flatten(1)
+    if hidden_last:
         out = F.linear(rows, weight, bias)
     elif bias is None:
         out = torch.mm(rows, weight)
     else:
         out = torch.addmm(bias, rows, weight)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    out = out.view(*x.shape[:-1], *features)
+    if not is_conv:
+        return out
+    out = out.movedim(-1, 1)
+    return out.contiguous() if fake(candidate.node).is_contiguous() else out
 
 
 @contextlib.contextmanager

@@ -38,6 +38,8 @@ def with_twin(gm: fx.GraphModule, name: str) -> fx.GraphModule | None:
     candidate = as_candidate(head)
     if candidate is None or candidate.bias is not None or fake(candidate.x).dim() != 2:
         return None
+    if candidate.weight_layout not in ("VH", "HV"):
+        return None
     memory = Memory.of(graph)
     cone = memory.dependents(graph, [head])
     transposing = [node for node in cone if _transposes(node, head)]

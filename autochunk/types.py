@@ -112,7 +112,9 @@ class Candidate:
     Attributes:
         node: The linear's node.
         x, weight, bias: Nodes of its operands.
-        weight_layout: ``"VH"`` (``F.linear``) or ``"HV"`` (``x @ W``).
+        weight_layout: ``"VH"`` (``F.linear``) or ``"HV"`` (``x @ W``); ``"KVH"`` or ``"KHV"`` where
+            V is several dimensions of the weight; ``"conv"`` for a kernel of one, with the features
+            in dimension 1 of the operand and of the result.
         rows: Number of rows, an int or a SymInt.
         in_features, out_features: H and V.
         logits_bytes: Bytes of the output in its own dtype, from size hints.

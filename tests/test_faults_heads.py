@@ -327,3 +327,93 @@ def test_fault_R2_a_layer_has_no_line(name: str) -> None:
     with collect() as reports:
         compiled(function)(*inputs)
     assert not reports[0].rows, str(reports[0])
+
+
+# ---- R2: heads that are a linear, written otherwise ------------------------------------------
+
+
+def _einsum(equation: str) -> Callable[..., Tensor]:
+    def function(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.einsum(equation, x, w).flatten(0, -2), y.flatten())
+
+    return function
+
+
+def _segmentation(x: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    return F.cross_entropy(F.conv2d(x, w, b), y, label_smoothing=0.1)
+
+
+def _dice(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Two losses per pixel and the predictions of each."""
+    z = F.conv2d(x, w)
+    p = z.softmax(1).gather(1, y.clamp(min=0)[:, None])
+    return 1 - p.mean() + F.cross_entropy(
+        z.permute(0, 2, 3, 1).reshape(-1, V), y.flatten()
+    ), z.argmax(1)
+
+
+LINEARS: dict[str, tuple[Callable[..., Any], Sequence[Tensor]]] = {
+    "nh,kvh->nkv": (_einsum("nh,kvh->nkv"), [leaf(N, H), leaf(K, V, H), labels(N, K)]),
+    "nh,hkv->nkv": (_einsum("nh,hkv->nkv"), [leaf(N, H), leaf(H, K, V), labels(N, K)]),
+    "bth,kvh->btkv": (_einsum("bth,kvh->btkv"), [leaf(B, T, H), leaf(K, V, H), labels(B, T, K)]),
+    "conv1d": (
+        lambda x, w, y, b: F.cross_entropy(F.conv1d(x, w, b, padding="same"), y),
+        [leaf(B, H, T), leaf(V, H, 1), labels(B, T), leaf(V)],
+    ),
+    "conv2d": (_segmentation, [leaf(B, H, 5, 7), leaf(V, H, 1, 1), labels(B, 5, 7), leaf(V)]),
+    "conv2d twice": (_dice, [leaf(B, H, 5, 7), leaf(V, H, 1, 1), labels(B, 5, 7)]),
+    "conv2d viewed": (
+        lambda x, w, y: F.cross_entropy(F.conv2d(x, w).view(B, V, -1), y.view(B, -1)),
+        [leaf(B, H, 5, 7), leaf(V, H, 1, 1), labels(B, 5, 7)],
+    ),
+    "conv3d": (
+        lambda x, w, y: F.cross_entropy(F.conv3d(x, w), y),
+        [leaf(B, H, 2, 3, 4), leaf(V, H, 1, 1, 1), labels(B, 2, 3, 4)],
+    ),
+}
+
+
+@pytest.mark.usefixtures("no_codegen")
+@pytest.mark.parametrize("name", list(LINEARS))
+def test_fault_R2_a_linear_written_otherwise_is_chunked(name: str) -> None:
+    function, inputs = LINEARS[name]
+    check_chunked(function, inputs, torch.float32, OPTIONS)
+
+
+@pytest.mark.usefixtures("no_codegen")
+@pytest.mark.parametrize("name", ["bth,kvh->btkv", "conv2d"])
+def test_fault_R2_a_linear_written_otherwise_with_dynamic_sizes(name: str) -> None:
+    function, inputs = LINEARS[name]
+    with collect() as reports:
+        actual = run(compiled(function, dynamic=True), inputs)
+    check(actual, run(function, inputs), run(function, widened(inputs)), torch.float32)
+    assert reports[0].rows
+
+
+class _PerPixel(torch.nn.Module):
+    def __init__(self, channels_last: bool) -> None:
+        super().__init__()
+        self.head = torch.nn.Conv2d(H, V, 1)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.head(x)
+        return F.cross_entropy(z, y), z
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_fault_R2_a_module_per_pixel_that_returns_its_logits(channels_last: bool) -> None:
+    model = _PerPixel(channels_last)
+    x, y = torch.randn(B, H, 5, 7, requires_grad=True), labels(B, 5, 7)
+    if channels_last:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    inputs = [x, *model.parameters()]
+    loss, z = model(x, y)
+    expected = torch.autograd.grad(loss + z.square().mean(), inputs)
+    with collect() as reports:
+        loss, z = compiled(model)(x, y)
+        actual = torch.autograd.grad(loss + z.square().mean(), inputs)
+    assert [row.strategy for row in reports[0].rows] == ["fused"], str(reports[0])
+    assert z.stride() == model(x, y)[1].stride()
+    torch.testing.assert_close(actual, expected)
