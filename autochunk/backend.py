@@ -35,6 +35,7 @@ from autochunk.interpret import is_little_around, is_small
 from autochunk.lift import lift
 from autochunk.lower import lower, refuse_to_lower, remaining_write
 from autochunk.memory import Memory
+from autochunk.modes import claimed
 from autochunk.order import check_order, refuse_deferral
 from autochunk.plan import plan, sizes_to_try
 from autochunk.report import Report, Row, next_graph, publish, write_debug
@@ -458,12 +459,15 @@ class _Compiled:
     programs: Programs
 
     def __call__(self, *args: Any) -> Any:
-        results = self.compiled(*args)
-        if not self.rewritten.deferrals:
+        # AOTAutograd views its inputs anew; under no_grad those would have no history.
+        recorded = any(deferral.needs_grad for deferral in self.rewritten.deferrals)
+        with torch.set_grad_enabled(recorded or torch.is_grad_enabled()):
+            results = self.compiled(*args)
+        if not self.rewritten.deferrals and not self.rewritten.claims:
             return results
         outputs: list[Any] = [None] * self.rewritten.n_outputs
         for position, value in zip(self.rewritten.kept, results, strict=False):
-            outputs[position] = value
+            outputs[position] = claimed(value) if position in self.rewritten.claims else value
 
         def take(source: int | tuple[str, int]) -> Any:
             if isinstance(source, int):
@@ -479,6 +483,7 @@ class _Compiled:
                 strides=[take(stride) for stride in deferral.strides],
                 val=deferral.val,
                 requires_grad=deferral.needs_grad,
+                claims=deferral.claims,
                 symbolic=deferral.symbolic,
                 compiler=self.programs,
             )
