@@ -35,6 +35,7 @@ from autochunk.isolation import Failure, isolate
 from autochunk.lower import lower, refuse_to_lower, remaining_write
 from autochunk.memory import Memory
 from autochunk.merging import lift_unmerged
+from autochunk.modes import claimed
 from autochunk.order import check_order, refuse_deferral
 from autochunk.plan import plan, sizes_to_try
 from autochunk.products import other_products
@@ -523,12 +524,15 @@ class _Compiled:
     programs: Programs
 
     def __call__(self, *args: Any) -> Any:
-        results = self.compiled(*args)
-        if not self.rewritten.deferrals:
+        # AOTAutograd views its inputs anew; under no_grad those would have no history.
+        recorded = any(deferral.needs_grad for deferral in self.rewritten.deferrals)
+        with torch.set_grad_enabled(recorded or torch.is_grad_enabled()):
+            results = self.compiled(*args)
+        if not self.rewritten.deferrals and not self.rewritten.claims:
             return results
         outputs: list[Any] = [None] * self.rewritten.n_outputs
         for position, value in zip(self.rewritten.kept, results, strict=False):
-            outputs[position] = value
+            outputs[position] = claimed(value) if position in self.rewritten.claims else value
 
         def take(source: int | tuple[str, int]) -> Any:
             if isinstance(source, int):
@@ -544,6 +548,7 @@ class _Compiled:
                 strides=[take(stride) for stride in deferral.strides],
                 val=deferral.val,
                 requires_grad=deferral.needs_grad,
+                claims=deferral.claims,
                 symbolic=deferral.symbolic,
                 compiler=self.programs,
             )

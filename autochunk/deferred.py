@@ -44,6 +44,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
 from autochunk.kept import Token, remember
+from autochunk.modes import claimed
 
 
 class StaleError(RuntimeError):
@@ -73,6 +74,7 @@ def defer(
     requires_grad: bool,
     symbolic: Sequence[tuple[int, ...] | None],
     compiler: Any = None,
+    claims: bool = False,
 ) -> DeferredTensor:
     """A deferred tensor.
 
@@ -85,8 +87,9 @@ def defer(
         symbolic: For each input the dimensions that may have another size; None for a size.
         compiler: Compiles functions of the logits (``recording.Programs``); None: they are
             computed.
+        claims: Whether the value says that it has a gradient, and has none (``modes.py``).
     """
-    formula = Formula(graph, inputs, requires_grad, shape, val, symbolic, compiler)
+    formula = Formula(graph, inputs, requires_grad, shape, val, symbolic, compiler, claims)
     return make(formula, shape, strides, val, requires_grad)
 
 
@@ -320,6 +323,7 @@ class Formula:
         shape, dtype, device: Of the value; of the device its type.
         symbolic: Of each input, as in :func:`defer`.
         compiler: Compiles functions of the value, or None.
+        claims: As in :func:`defer`.
         seen: Whether the value has been looked at: its gradient may be asked for.
         kept: The value, computed before an input changed (``kept.py``); or None.
     """
@@ -333,13 +337,16 @@ class Formula:
         val: Tensor,
         symbolic: Sequence[tuple[int, ...] | None],
         compiler: Any,
+        claims: bool = False,
     ) -> None:
         self.graph = graph
+        self.claims = claims
         self.shape, self.dtype, self.device = tuple(shape), val.dtype, val.device.type
         self.symbolic = symbolic
         self.compiler = compiler
         self.seen = False
-        self.inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
+        with torch.set_grad_enabled(requires_grad):
+            self.inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
         self.requires_grad = requires_grad
         self.inference = torch.is_inference_mode_enabled()
         self.states = [_state_of(t) for t in self.tensors]
@@ -395,7 +402,7 @@ class Formula:
     def ordinary(self, plain: Tensor) -> Tensor:
         """The tensor that the wrapper becomes."""
         self.fill(plain)
-        return plain
+        return claimed(plain) if self.claims else plain
 
     def compute(self) -> Tensor:
         """The value without its history."""

@@ -9,7 +9,8 @@ boundary falls where the rows are really mixed.
 What must survive the lowering although autograd is off while it runs:
     autocast    the graph's own enter/exit calls are replayed; ambient autocast is simply on.
                 Both leave ``_to_copy`` nodes.
-    no_grad     values computed while the graph has gradients switched off get a ``detach`` node.
+    no_grad     values computed while gradients are switched off get a ``detach`` node (where some
+                are computed while they are on; else nothing in the graph has a gradient).
     in-place    functionalised; what cannot be is a refusal. Tensors that are written to and made
                 outside of the cone are inputs; their last values are :attr:`Lowered.writes`.
 """
@@ -41,6 +42,7 @@ from autochunk.find import (
 )
 from autochunk.kernel_writes import views_argument, writing_nodes
 from autochunk.memory import Conflict, Memory, storages, written_arguments
+from autochunk.modes import recording_of
 from autochunk.rules import rule_for
 from autochunk.sink import producers
 from autochunk.types import Candidate, Lowered, Refusal
@@ -50,8 +52,10 @@ aten = torch.ops.aten
 
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-_SET_GRAD = torch._C._set_grad_enabled
 _HEAD = "autochunk_head"
+
+#: Calls of a Dynamo graph that are lowered as others; ``z.data`` leaves no ATen op.
+_CALLS = {**FUNCTIONS, getattr(torch._C._autograd, "_get_data_attr", None): torch.detach}
 
 
 #: Cut into slices.
@@ -157,23 +161,22 @@ def _lower(
     heads = {c.node: c for c in candidates}
     inside = inside_of(graph, memory, cone, moved, _repeated(graph, memory) - cone)
     run_here, inputs, outputs = inside.nodes, inside.inputs, inside.outputs
+    recording = recording_of(graph)
+    is_recorded = any(recording[node] for node in run_here)
 
     def run(*values: Any) -> list[Any]:
         env: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
-        grad_enabled = True
         contexts: dict[fx.Node, Any] = {}
         for node in graph.nodes:
             if node.target is _ENTER_AUTOCAST:
                 contexts[node] = _ENTER_AUTOCAST(*node.args)
             elif node.target is _EXIT_AUTOCAST:
                 _EXIT_AUTOCAST(contexts.pop(node.args[0]))
-            elif node.target is _SET_GRAD:
-                grad_enabled = bool(node.args[0])
             elif node in inside.same:
                 env[node] = env[inside.same[node]]
             elif node in run_here:
                 with _source_of(node, heads):
-                    env[node] = _call(node, env, heads, grad_enabled)
+                    env[node] = _call(node, env, heads, recording[node] or not is_recorded)
         return [env[node] for node in outputs]
 
     # Functionalisation copies what was written back into its inputs: not into Dynamo's own fakes.
@@ -209,7 +212,9 @@ def _lower(
         outputs=outputs,
         writes=writes,
         heads=_head_nodes(lowered.graph, heads),
-        needs_grad=needs_grad(lowered.graph, [node in inside.needing for node in inputs]),
+        needs_grad=needs_grad(
+            lowered.graph, [is_recorded and node in inside.needing for node in inputs]
+        ),
         cone=cone,
         inside=run_here,
     )
@@ -297,20 +302,36 @@ def _call(
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     if node.op == "call_function":
-        value = FUNCTIONS.get(node.target, node.target)(*args, **kwargs)
+        value = _CALLS.get(node.target, node.target)(*args, **kwargs)
     elif node.op == "call_method":
         value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
     else:
         raise NotImplementedError(f"cannot lower a {node.op} node: {node.format_node()}")
     if grad_enabled or written:
         return value
-    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    return _without_history(node, value, env)
 
-    def detached(made: torch.Tensor) -> torch.Tensor:
-        # ``z.float()`` of float32 is ``z`` itself, with its gradients, whatever the mode.
-        return made if any(made is tensor for tensor in given) else made.detach()
 
-    return pytree.tree_map_only(torch.Tensor, detached, value)
+def _without_history(node: fx.Node, value: Any, env: dict[fx.Node, Any]) -> Any:
+    """The results of a call with gradients switched off: detached, but what it returns as it is.
+
+    ``z.type_as(z)`` is ``z`` itself, with its gradients, whatever the mode. Dynamo's fakes tell:
+    functionalisation makes another object of some of those.
+    """
+    given = {}
+    for arg in node.all_input_nodes:
+        fakes, values = (
+            [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+            for made in (fake(arg), env[arg])
+        )
+        given.update({id(a): b for a, b in zip(fakes, values, strict=True)})
+    made, form = pytree.tree_flatten(value)
+    recorded = pytree.tree_leaves(fake(node))
+    for i, leaf in enumerate(made):
+        if isinstance(leaf, torch.Tensor):
+            same = given.get(id(recorded[i])) if len(recorded) == len(made) else None
+            made[i] = leaf.detach() if same is None else same
+    return pytree.tree_unflatten(made, form)
 
 
 def _call_head(candidate: Candidate, env: dict[fx.Node, Any]) -> torch.Tensor:
@@ -362,8 +383,6 @@ def _head_nodes(graph: fx.Graph, heads: dict[fx.Node, Candidate]) -> dict[fx.Nod
 
 def needs_grad(graph: fx.Graph, inputs_need: Sequence[bool]) -> frozenset[fx.Node]:
     """The nodes through which a gradient flows, given the placeholders that have one."""
-    if not torch.is_grad_enabled():
-        return frozenset()
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     needs = {node for node, need in zip(placeholders, inputs_need, strict=True) if need}
     for node in graph.nodes:

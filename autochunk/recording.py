@@ -30,9 +30,11 @@ from autochunk import deferred
 from autochunk.deferred import DeferredTensor, make
 from autochunk.evaluation import evaluate
 from autochunk.metadata import Shown, is_wide, metadata_of
+from autochunk.modes import claimed
 from autochunk.report import mebibytes
 from autochunk.spelling import part_of, spelling_of
 from autochunk.steps import (
+    Step,
     StepFormula,
     dims_indexed,
     is_intercepted,
@@ -96,12 +98,23 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
     if not tensors or any(t.device != deferred_leaves[0].device for t in tensors):
         return NotImplemented
     if not any(is_wide(t.shape, root) for t in tensors):
-        return evaluate(step, root.compiler, any(t.requires_grad for t in tensors))
+        wanted = step.grad and any(t.requires_grad for t in tensors)
+        found = evaluate(step, root.compiler, wanted)
+        return pytree.tree_map(claimed, found) if _claims(step, shown) else found
     if not shown.is_single:
         return _each_result(func, args, kwargs, shown)
     (one,) = tensors
-    formula = StepFormula(step, root, one.requires_grad, shown.is_view)
-    return make(formula, one.shape, one.strides, one, one.requires_grad)
+    wanted = one.requires_grad and step.grad
+    formula = StepFormula(step, root, wanted, shown.is_view, _claims(step, shown))
+    return make(formula, one.shape, one.strides, one, wanted)
+
+
+def _claims(step: Step, shown: Shown) -> bool:
+    """Whether results say that they have a gradient, and have none (``modes.py``)."""
+    says = any(t.requires_grad for t in shown.tensors)
+    if step.grad:
+        return step.claims and not says
+    return says or (step.claims and shown.is_view)
 
 
 #: What PyTorch raises for arguments that do not fit.

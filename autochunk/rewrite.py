@@ -25,9 +25,10 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from autochunk.find import fake
+from autochunk.find import fake, is_differentiable
 from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
 from autochunk.memory import Memory, is_alias, storages, written_arguments
+from autochunk.modes import SET_GRAD, recording_of
 from autochunk.runtime import gradient_positions
 from autochunk.tail import applied, logical_order, output_index
 from autochunk.types import (
@@ -85,6 +86,7 @@ class Deferral:
         shape, strides: Of the value; symbolic numbers are given as ``inputs`` are.
         val: A fake tensor with its dtype and device.
         needs_grad: Whether a gradient flows through it.
+        claims: Whether it says so and none does (``modes.py``).
         symbolic: For each input the dimensions whose size is symbolic; None for a number.
     """
 
@@ -96,6 +98,7 @@ class Deferral:
     strides: tuple[int | tuple[str, int], ...]
     val: torch.Tensor
     needs_grad: bool
+    claims: bool
     symbolic: tuple[tuple[int, ...] | None, ...]
 
 
@@ -109,12 +112,14 @@ class Rewritten:
         kept: For each output of ``gm`` that the old graph had, its old position.
         n_outputs: Number of outputs of the old graph.
         deferrals: The wide outputs.
+        claims: Positions of the other outputs that say they require a gradient and have none.
     """
 
     gm: fx.GraphModule
     kept: tuple[int, ...]
     n_outputs: int
     deferrals: tuple[Deferral, ...]
+    claims: tuple[int, ...]
 
 
 def rewrite(
@@ -166,6 +171,9 @@ class _Writer:
             self.outer[node] = self.from_dynamo[source]
             self.dynamo[self.from_dynamo[source]] = source
         exits = self._disable_autocast()
+        records = self._recording_at_end()
+        if self.lowered.needs_grad and not records:
+            self.new.call_function(SET_GRAD, (True,))
         losses: dict[fx.Node, list[_Attachment]] = {}
         for group in self.groups:
             attachment = self._group(group)
@@ -176,7 +184,9 @@ class _Writer:
         deferrals, extra = self._deferrals(output)
         for node in reversed(exits):
             self.new.call_function(_EXIT_AUTOCAST, (node,))
-        self._write_back()
+        self._write_back(records)
+        if self.lowered.needs_grad and not records:
+            self.new.call_function(SET_GRAD, (False,))
         gone = {p for d in deferrals for p in d.positions}
         flat = list(output.args[0])
         kept = [i for i in range(len(flat)) if i not in gone]
@@ -190,7 +200,8 @@ class _Writer:
         }
         new_gm = fx.GraphModule({**attributes, **self.constants}, self.new)
         new_gm.meta = dict(self.gm.meta)
-        return Rewritten(new_gm, tuple(kept), len(flat), tuple(deferrals))
+        claims = tuple(i for i in kept if self._claims(flat[i]))
+        return Rewritten(new_gm, tuple(kept), len(flat), tuple(deferrals), claims)
 
     # ---- pieces of the graph
 
@@ -326,6 +337,7 @@ class _Writer:
                     strides=tuple(source(s) for s in val.stride()),
                     val=val,
                     needs_grad=node in self.lowered.needs_grad,
+                    claims=any(self._claims(flat[i]) for i in positions),
                     symbolic=tuple(_symbolic_dims(n.meta["val"]) for n in inputs),
                 )
             )
@@ -340,6 +352,14 @@ class _Writer:
         return (
             lowered_node is wanted if wanted is not None else (lowered_node in self.lifted.deferred)
         )
+
+    def _claims(self, arg: Any) -> bool:
+        """Whether an output requires a gradient, by what Dynamo recorded, that never arrives."""
+        if not isinstance(arg, fx.Node) or arg not in self.lowered.outputs:
+            return False
+        node, value = self.lowered.results[self.lowered.outputs.index(arg)], fake(arg)
+        says = is_differentiable(value) and value.requires_grad
+        return says and node not in self.lowered.needs_grad
 
     def _returned(self, arg: Any) -> Any:
         if not isinstance(arg, fx.Node):
@@ -358,19 +378,22 @@ class _Writer:
                 self.from_dynamo[node] = self._alias(written_arguments(node)[0])
         return self.from_dynamo[node]
 
-    def _write_back(self) -> None:
+    def _recording_at_end(self) -> bool:
+        """Whether autograd records where the cone now runs, behind everything else."""
+        (output,) = (node for node in self.gm.graph.nodes if node.op == "output")
+        return recording_of(self.gm.graph)[output]
+
+    def _write_back(self, records: bool) -> None:
         """Writes what the cone wrote to inputs and buffers, in the end: nobody else reads it."""
-        set_grad = torch._C._set_grad_enabled
-        modes = [node.args[0] for node in self.gm.graph.nodes if node.target is set_grad]
-        enabled = modes[-1] if modes else torch.is_grad_enabled()
+        enabled = records or bool(self.lowered.needs_grad)
         for node, value in self.lowered.written.items():
             new = self._get(value)
             recorded = value in self.lowered.needs_grad
             if recorded != enabled:
-                self.new.call_function(set_grad, (recorded,))
+                self.new.call_function(SET_GRAD, (recorded,))
             self._emit(aten.copy_.default, self.from_dynamo[node], new)
             if recorded != enabled:
-                self.new.call_function(set_grad, (enabled,))
+                self.new.call_function(SET_GRAD, (enabled,))
 
     # ---- values
 

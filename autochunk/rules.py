@@ -514,31 +514,37 @@ def _stack(walk: Walk, node: fx.Node) -> RowValue:
     return walk.result(node, emitted, is_row, like, operands)
 
 
-# What is written over the same features of every row comes from that row, or is one for all.
+# What is written over the same features of every row comes from that row, or is one for all; what
+# it is written to is a value of those rows, the logits or a tensor beside them.
 @_register("along features", [aten.select_scatter.default, aten.slice_scatter.default])
 def _feature_scatter(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
-    x = walk.row_argument(node, bound["self"])
-    (dim,) = _dims(bound["dim"], len(x.is_row))
-    if x.is_row[dim]:
+    whole, source = walk.env.get(bound["self"]), walk.env.get(bound["src"])
+    like = source if whole is None else whole
+    if not isinstance(like, RowValue) or isinstance(source, tuple):
+        raise Boundary("no-rule", "features of a value of several parts are overwritten")
+    is_select = node.target is aten.select_scatter.default
+    (dim,) = _dims(bound["dim"], node.meta["val"].dim())
+    is_row = like.is_row
+    if whole is None and is_select:
+        is_row = (*is_row[:dim], False, *is_row[dim:])
+    if is_row[dim]:
         raise Boundary("mixes-rows", "some rows of the logits are overwritten")
     if any(isinstance(bound.get(n), fx.Node) for n in ("index", "start", "end", "step")):
         raise Boundary("no-rule", "features are overwritten at a symbolic number")
-    piece = x.is_row
-    if node.target is aten.select_scatter.default:
-        piece = x.is_row[:dim] + x.is_row[dim + 1 :]
-    source = bound["src"]
-    value = walk.env.get(source)
-    if isinstance(value, RowValue):
-        if value.is_row != piece or value.chain != x.chain:
+    layouts = {"self": is_row, "src": is_row[:dim] + is_row[dim + 1 :] if is_select else is_row}
+    for name, layout in layouts.items():
+        value = walk.env.get(bound[name])
+        if not isinstance(value, RowValue):
+            bound[name] = walk.outer_operand(bound[name], layout, like, whole=True)
+        elif value.is_row != layout or value.chain != like.chain:
             raise Boundary("misaligned", "operands of different rows are combined")
-        bound["src"], operands = value.node, [x, value]
-    else:
-        bound["src"] = walk.outer_operand(source, piece, x, whole=True)
-        operands = [x]
-    (bound["dim"],) = stored_dims(x, [dim])
-    emitted = walk.emit_bound(node.target, {**bound, "self": x.node})
-    return walk.result(node, emitted, x.is_row, x, operands)
+        else:
+            bound[name] = value.node
+    bound["dim"] = 1 + sum(not row for row in is_row[:dim])
+    emitted = walk.emit_bound(node.target, bound)
+    operands = [value for value in (whole, source) if isinstance(value, RowValue)]
+    return walk.result(node, emitted, is_row, like, operands)
 
 
 # x[mask] = number is where(mask, number, x); x[..., ids] = number writes the same features of

@@ -56,6 +56,11 @@ class Step:
         with torch.set_grad_enabled(self.grad and grad), self.autocast_then():
             return self.func(*args, **kwargs)
 
+    @property
+    def claims(self) -> bool:
+        """Whether what it reads says that it has a gradient, and has none (``modes.py``)."""
+        return any(formula.claims for formula in self.formulas)
+
     def autocast_then(self) -> contextlib.AbstractContextManager[Any]:
         enabled, dtype = self.autocast
         return torch.autocast(self.device, dtype=dtype, enabled=enabled)
@@ -149,16 +154,20 @@ class StepFormula:
     Attributes:
         root: The formula of the logits it is made of (the largest, of several).
         is_view: Whether the value shares memory with a deferred tensor's.
+        claims: Whether the value says that it has a gradient, and has none.
         filled, seen, kept: As there.
         used: Whether something evaluated leads to the wrapper in the autograd graph.
         wanted: Which of ``tensors`` require a gradient.
     """
 
-    def __init__(self, step: Step, root: Formula, requires_grad: bool, is_view: bool) -> None:
+    def __init__(
+        self, step: Step, root: Formula, requires_grad: bool, is_view: bool, claims: bool
+    ) -> None:
         self.step = step
         self.root = root
         self.requires_grad = requires_grad
         self.is_view = is_view
+        self.claims = claims
         self.filled = False
         self.seen = False
         self.used = False

@@ -14,7 +14,6 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
 from autochunk.find import fake, op_name, source_line
@@ -26,9 +25,8 @@ from autochunk.memory import (
     storages,
     written_arguments,
 )
+from autochunk.modes import recording_of
 from autochunk.types import Refusal
-
-_SET_GRAD = torch._C._set_grad_enabled
 
 
 @dataclass(frozen=True)
@@ -136,14 +134,13 @@ def refuse_writes(
     graph: fx.Graph, memory: Memory, cone: Mapping[fx.Node, Conflict | None]
 ) -> Refusal | None:
     """A write in a cone that has no functional form, as a refusal."""
-    grad_enabled = True
+    recording = recording_of(graph)
+    never = not any(recording[node] for node in cone)  # then nothing has a gradient
     for node in graph.nodes:
-        if node.target is _SET_GRAD:
-            grad_enabled = bool(node.args[0])
         access = memory.access(node)
         if node not in cone or not access.writes:
             continue
-        reason = _not_functional(node, memory, grad_enabled)
+        reason = _not_functional(node, memory, recording[node] or never)
         if reason is not None:
             conflict = conflict_behind(cone, node)
             if conflict is not None:

@@ -386,8 +386,7 @@ class Dice:
         if family is PICKED and not self.exact:
             return None
         filled = self.fill(self.random.choice(family))
-        # A view made under no_grad requires a gradient that never arrives, in eager PyTorch.
-        if filled is None or any(family is alone for alone in (BREAKS, OUTSIDE, FLAT)):
+        if filled is None or any(family is alone for alone in (BREAKS, OUTSIDE)):
             return filled
         roll = self.random.random()
         if roll < 0.08:
