@@ -160,7 +160,7 @@ def test_a_failed_rewrite_warns_and_runs(no_codegen, monkeypatch):
     def loss(x, w, y):
         return F.cross_entropy(F.linear(x, w), y)
 
-    monkeypatch.setattr(autochunk.backend, "lift", broken)
+    monkeypatch.setattr(autochunk.backend, "lift_unmerged", broken)
     x, w, y = _inputs()
     options = {"min_bytes": 0}
     with pytest.warns(autochunk.FallbackWarning, match="runs as plain Inductor .*on purpose"):
