@@ -115,7 +115,7 @@ def test_fault_Z3_dora_in_the_layers_below(spelling: str) -> None:
 
 
 @pytest.mark.usefixtures("no_codegen")
-def test_fault_Z3_a_loss_of_parameters_alone_is_chunked() -> None:
+def test_a_loss_of_parameters_alone_is_chunked() -> None:
     """A regulariser: its rows are words, but it meets the batch's loss in one number."""
 
     class Regularised(Model):
