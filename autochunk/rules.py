@@ -73,13 +73,15 @@ def rule_for(target: Any) -> Rule | None:
     return None
 
 
-def _register(family: str, targets: Iterable[Any]) -> Callable[[Any], Any]:
-    def register(apply: Callable[[Walk, fx.Node], Result]) -> Callable[[Walk, fx.Node], Result]:
+def register(family: str, targets: Iterable[Any]) -> Callable[[Any], Any]:
+    """Makes a function the rule of ``targets``."""
+
+    def add(apply: Callable[[Walk, fx.Node], Result]) -> Callable[[Walk, fx.Node], Result]:
         for target in targets:
             RULES[target] = Rule(apply, family)
         return apply
 
-    return register
+    return add
 
 
 # ---- pointwise -------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ def _pointwise(walk: Walk, node: fx.Node) -> RowValue:
 
 POINTWISE = Rule(_pointwise, "pointwise")
 
-_register(
+register(
     "pointwise",
     [
         aten.alias.default,
@@ -126,7 +128,7 @@ _register(
 
 
 # A loss that reduces nothing has one term for each element of its operands.
-@_register("pointwise", REDUCING_LOSSES)
+@register("pointwise", REDUCING_LOSSES)
 def _loss(walk: Walk, node: fx.Node) -> RowValue:
     if bind(node)["reduction"] != 0:
         raise Boundary("mixes-rows", f"{node.target} reduces over rows")
@@ -135,7 +137,7 @@ def _loss(walk: Walk, node: fx.Node) -> RowValue:
 
 # The output's second part is what the op keeps for its derivative: on a CPU one number for each
 # element, elsewhere nothing.
-@_register("pointwise", [aten.log_sigmoid_forward.default])
+@register("pointwise", [aten.log_sigmoid_forward.default])
 def _log_sigmoid(walk: Walk, node: fx.Node) -> tuple[RowValue, ...]:
     x = walk.row_argument(node, node.args[0])
     both = walk.emit(node.target, x.node)
@@ -149,7 +151,7 @@ def _log_sigmoid(walk: Walk, node: fx.Node) -> tuple[RowValue, ...]:
 
 
 # A cast is pointwise; a move to another device is not something a chunk should do.
-@_register("pointwise", [aten._to_copy.default])
+@register("pointwise", [aten._to_copy.default])
 def _to_copy(walk: Walk, node: fx.Node) -> RowValue:
     source = node.all_input_nodes[0].meta["val"]
     if node.meta["val"].device != source.device:
@@ -186,7 +188,7 @@ _POSITIONS = (aten.argmax.default, aten.argmin.default)
 # A reduction over features reads one row. Over rows as well it is cut in two where op(op(x over
 # features) over rows) is op(x): sums, means (all rows are equally long), extrema, any, all,
 # log-sum-exp. Half precision sums leave the body in float32, as the uncut sum accumulates.
-@_register(
+@register(
     "reduction",
     [
         *_SPLITS,
@@ -212,7 +214,7 @@ _POSITIONS = (aten.argmax.default, aten.argmin.default)
 def _reduce(walk: Walk, node: fx.Node) -> Result:
     bound = bind(node)
     x = walk.row_argument(node, bound["self"])
-    dims = _dims(bound.get("dim"), len(x.is_row))
+    dims = dims_of(bound.get("dim"), len(x.is_row))
     feature_dims = [d for d in dims if not x.is_row[d]]
     if len(feature_dims) == len(dims):
         stored = stored_dims(x, dims)
@@ -311,7 +313,7 @@ def _split_val(x: RowValue, shape: Sequence[Any], dtype: torch.dtype) -> torch.T
 
 # A map along one feature dimension (softmax, sort, cumulative sum, top-k, gated halves) reads one
 # row.
-@_register(
+@register(
     "along features",
     [
         aten._softmax.default,
@@ -331,7 +333,7 @@ def _split_val(x: RowValue, shape: Sequence[Any], dtype: torch.dtype) -> torch.T
 def _along(walk: Walk, node: fx.Node) -> Result:
     bound = bind(node)
     x = walk.row_argument(node, bound["self"])
-    (dim,) = _dims(bound["dim"], len(x.is_row))
+    (dim,) = dims_of(bound["dim"], len(x.is_row))
     if x.is_row[dim]:
         raise Boundary("mixes-rows", f"{node.target} runs along dimension {dim}, which is rows")
     (bound["dim"],) = stored_dims(x, [dim])
@@ -340,11 +342,11 @@ def _along(walk: Walk, node: fx.Node) -> Result:
 
 
 # Flipping or rolling features permutes each row alike.
-@_register("along features", [aten.flip.default, aten.roll.default])
+@register("along features", [aten.flip.default, aten.roll.default])
 def _permute_features(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
     x = walk.row_argument(node, bound["self"])
-    dims = _dims(bound["dims"], len(x.is_row))
+    dims = dims_of(bound["dims"], len(x.is_row))
     if any(x.is_row[d] for d in dims) or (node.target is aten.roll.default and not bound["dims"]):
         raise Boundary("mixes-rows", f"{node.target} moves rows")
     bound["dims"] = stored_dims(x, dims)
@@ -353,14 +355,14 @@ def _permute_features(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # Row r of the result picks features of row r by row r's indices.
-@_register("along features", [aten.gather.default])
+@register("along features", [aten.gather.default])
 def _gather(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
     index = bound["index"]
     like = walk.env.get(bound["self"]) or walk.env.get(index)
     if not isinstance(like, RowValue):
         raise Boundary("no-rule", "gather from a value of several parts")
-    (dim,) = _dims(bound["dim"], len(like.is_row))
+    (dim,) = dims_of(bound["dim"], len(like.is_row))
     if like.is_row[dim]:
         raise Boundary("mixes-rows", f"gather runs along dimension {dim}, which is rows")
     x = walk.aligned_operand(bound["self"], like)
@@ -374,7 +376,7 @@ def _gather(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # Row r of the result writes features of row r at row r's indices.
-@_register(
+@register(
     "along features",
     [
         aten.scatter.value,
@@ -390,7 +392,7 @@ def _scatter(walk: Walk, node: fx.Node) -> RowValue:
     like = next(walk.env[bound[n]] for n in tensors if bound[n] in walk.env)
     if not isinstance(like, RowValue):
         raise Boundary("no-rule", "scatter into a value of several parts")
-    (dim,) = _dims(bound["dim"], len(like.is_row))
+    (dim,) = dims_of(bound["dim"], len(like.is_row))
     if like.is_row[dim]:
         raise Boundary("mixes-rows", f"scatter runs along dimension {dim}, which is rows")
     size = bound["self"].meta["val"].shape[dim]
@@ -404,11 +406,11 @@ def _scatter(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # The same features are picked from every row.
-@_register("along features", [aten.index_select.default])
+@register("along features", [aten.index_select.default])
 def _index_select(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
     x = walk.row_argument(node, bound["self"])
-    (dim,) = _dims(bound["dim"], len(x.is_row))
+    (dim,) = dims_of(bound["dim"], len(x.is_row))
     if x.is_row[dim]:
         row_dim = sum(x.is_row[:dim])
         return walk.row_op(node, x, aten.index_select.default, (row_dim, bound["index"]), x.is_row)
@@ -422,11 +424,11 @@ def _index_select(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # A slice of features is taken from each row; a slice of rows selects rows.
-@_register("along features", [aten.slice.Tensor])
+@register("along features", [aten.slice.Tensor])
 def _slice(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
     x = walk.row_argument(node, bound["self"])
-    (dim,) = _dims(bound["dim"], len(x.is_row))
+    (dim,) = dims_of(bound["dim"], len(x.is_row))
     if same_shape(node.meta["val"].shape, x.shape) and bound["step"] == 1:
         return x
     span = (bound["start"], bound["end"], bound["step"])
@@ -440,11 +442,11 @@ def _slice(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # One feature of each row, or one index along a row dimension.
-@_register("along features", [aten.select.int])
+@register("along features", [aten.select.int])
 def _select(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
     x = walk.row_argument(node, bound["self"])
-    (dim,) = _dims(bound["dim"], len(x.is_row))
+    (dim,) = dims_of(bound["dim"], len(x.is_row))
     is_row = x.is_row[:dim] + x.is_row[dim + 1 :]
     if x.is_row[dim]:
         args = (sum(x.is_row[:dim]), bound["index"])
@@ -458,11 +460,11 @@ def _select(walk: Walk, node: fx.Node) -> RowValue:
 
 # Features of several values of the same rows, side by side. Pieces of rows, all of them and in
 # order, are the value they are pieces of.
-@_register("along features", [aten.cat.default])
+@register("along features", [aten.cat.default])
 def _cat(walk: Walk, node: fx.Node) -> RowValue:
     tensors, operands = _parts(walk, node)
     like = operands[0]
-    (dim,) = _dims(bind(node)["dim"], len(like.is_row))
+    (dim,) = dims_of(bind(node)["dim"], len(like.is_row))
     if like.is_row[dim]:
         whole = walk.joined(operands) if len(operands) == len(tensors) else None
         at = sum(like.is_row[:dim])
@@ -486,11 +488,11 @@ def _parts(walk: Walk, node: fx.Node) -> tuple[list[fx.Node], list[RowValue]]:
 
 
 # As cat, along a new feature.
-@_register("along features", [aten.stack.default])
+@register("along features", [aten.stack.default])
 def _stack(walk: Walk, node: fx.Node) -> RowValue:
     tensors, operands = _parts(walk, node)
     like = operands[0]
-    (dim,) = _dims(bind(node)["dim"], len(like.is_row) + 1)
+    (dim,) = dims_of(bind(node)["dim"], len(like.is_row) + 1)
     whole = walk.joined(operands) if len(operands) == len(tensors) else None
     at = sum(like.is_row[:dim])
     if whole is not None and like.chain[-1].target is aten.select.int:
@@ -508,86 +510,8 @@ def _stack(walk: Walk, node: fx.Node) -> RowValue:
     return walk.result(node, emitted, is_row, like, operands)
 
 
-# What is written over the same features of every row comes from that row, or is one for all; what
-# it is written to is a value of those rows, the logits or a tensor beside them.
-@_register("along features", [aten.select_scatter.default, aten.slice_scatter.default])
-def _feature_scatter(walk: Walk, node: fx.Node) -> RowValue:
-    bound = bind(node)
-    whole, source = walk.env.get(bound["self"]), walk.env.get(bound["src"])
-    like = source if whole is None else whole
-    if not isinstance(like, RowValue) or isinstance(source, tuple):
-        raise Boundary("no-rule", "features of a value of several parts are overwritten")
-    is_select = node.target is aten.select_scatter.default
-    (dim,) = _dims(bound["dim"], node.meta["val"].dim())
-    is_row = like.is_row
-    if whole is None and is_select:
-        is_row = (*is_row[:dim], False, *is_row[dim:])
-    if is_row[dim]:
-        raise Boundary("mixes-rows", "some rows of the logits are overwritten")
-    if any(isinstance(bound.get(n), fx.Node) for n in ("index", "start", "end", "step")):
-        raise Boundary("no-rule", "features are overwritten at a symbolic number")
-    layouts = {"self": is_row, "src": is_row[:dim] + is_row[dim + 1 :] if is_select else is_row}
-    for name, layout in layouts.items():
-        value = walk.env.get(bound[name])
-        if not isinstance(value, RowValue):
-            bound[name] = walk.outer_operand(bound[name], layout, like, whole=True)
-        elif value.is_row != layout or value.chain != like.chain:
-            raise Boundary("misaligned", "operands of different rows are combined")
-        else:
-            bound[name] = value.node
-    bound["dim"] = 1 + sum(not row for row in is_row[:dim])
-    emitted = walk.emit_bound(node.target, bound)
-    operands = [value for value in (whole, source) if isinstance(value, RowValue)]
-    return walk.result(node, emitted, is_row, like, operands)
-
-
-# x[mask] = number is where(mask, number, x); x[..., ids] = number writes the same features of
-# every row; x[arange(N), labels] = y writes one feature of each row.
-@_register("along features", [aten.index_put.default])
-def _index_put(walk: Walk, node: fx.Node) -> RowValue:
-    bound = bind(node)
-    x = walk.row_argument(node, bound["self"])
-    indices, values, adds = list(bound["indices"]), bound["values"], bound["accumulate"]
-    indices += [None] * (len(x.is_row) - len(indices))
-    mask = indices[0]
-    if mask is not None and same_shape(mask.meta["val"].shape, x.shape):
-        if mask.meta["val"].dtype != torch.bool or values.meta["val"].numel() != 1 or adds:
-            raise Boundary("no-rule", "selected elements are overwritten one by one")
-        picked = walk.aligned_operand(mask, x)
-        filled = walk.emit(aten.where.self, picked, walk.shared(values), x.node)
-        operands = [x, *([walk.env[mask]] if mask in walk.env else [])]
-        return walk.result(node, filled, x.is_row, x, operands)
-    if any(i is not None and i in walk.env for i in indices):
-        raise Boundary("no-rule", "indexing by a tensor computed from the logits")
-    used = [d for d, i in enumerate(indices) if i is not None]
-    n_rows = sum(x.is_row)
-    if len(used) == 1 and not x.is_row[used[0]]:
-        if indices[used[0]].meta["val"].dim() != 1 or values.meta["val"].dim() != 0:
-            raise Boundary("no-rule", "features are overwritten by more than one number")
-        (stored,) = stored_dims(x, used)
-        places = walk.shared(indices[used[0]])
-        walk.note_index(places, x.shape[used[0]], wraps=True, node=node)
-        args = [None] * stored + [places]
-        emitted = walk.emit(aten.index_put.default, x.node, args, walk.shared(values), adds)
-        return walk.result(node, emitted, x.is_row, x, [x])
-    if x.is_row != (True,) * n_rows + (False,) or not _picks_one_feature(x, indices):
-        raise Boundary("misaligned", "rows of the logits are overwritten")
-    labels = _labels_of(walk, node, x, indices[n_rows])
-    value = walk.env.get(values)
-    rows_layout = (True,) * n_rows
-    if isinstance(value, RowValue):
-        if value.is_row != rows_layout or value.chain != x.chain:
-            raise Boundary("misaligned", "operands of different rows are combined")
-        source, operands = value.node, [x, value]
-    else:
-        source, operands = walk.outer_operand(values, rows_layout, x, whole=True), [x]
-    target = aten.scatter_add.default if adds else aten.scatter.src
-    emitted = walk.emit(target, x.node, 1, labels, walk.view(source, [1]))
-    return walk.result(node, emitted, x.is_row, x, operands)
-
-
 # Padding features pads each row alike.
-@_register("along features", [aten.constant_pad_nd.default])
+@register("along features", [aten.constant_pad_nd.default])
 def _pad(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
     x = walk.row_argument(node, bound["self"])
@@ -605,7 +529,7 @@ def _pad(walk: Walk, node: fx.Node) -> RowValue:
 
 # x[arange(N), labels] is a gather; x[mask] and x[:, positions] select rows; x[rows, labels] selects
 # rows, then gathers; x[..., ids] selects the same features of every row.
-@_register("along features", [aten.index.Tensor])
+@register("along features", [aten.index.Tensor])
 def _index(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
     indices = list(node.args[1])
@@ -617,9 +541,10 @@ def _index(walk: Walk, node: fx.Node) -> RowValue:
         if len(used) > 1 or indices[used[0]].meta["val"].dim() != 1:
             raise Boundary("no-rule", "features are indexed by several tensors")
         (stored,) = stored_dims(x, used)
-        args = [None] * stored + [walk.shared(indices[used[0]])]
-        walk.note_index(args[-1], x.shape[used[0]], wraps=True, node=node)
-        emitted = walk.emit(aten.index.Tensor, x.node, args)
+        places = walk.shared(indices[used[0]])
+        walk.note_index(places, x.shape[used[0]], wraps=True, node=node)
+        index = places_in_rows(walk, x, used[0], places)
+        emitted = walk.emit(aten.gather.default, x.node, stored, index)
         return walk.result(node, emitted, x.is_row, x, [x])
     rows_first = x.is_row == tuple(sorted(x.is_row, reverse=True))
     n_rows = sum(x.is_row)
@@ -629,10 +554,10 @@ def _index(walk: Walk, node: fx.Node) -> RowValue:
         new_rows = node.meta["val"].dim() - (len(x.is_row) - n_rows)
         is_row = (True,) * new_rows + x.is_row[n_rows:]
         return walk.row_op(node, x, aten.index.Tensor, (indices[:n_rows],), is_row)
-    if not _picks_one_feature(x, indices):
+    if not picks_one_feature(x, indices):
         x = _rows_of_pairs(walk, node, x, indices)
         n_rows = sum(x.is_row)
-    index = _labels_of(walk, node, x, indices[used[-1]])
+    index = labels_of(walk, node, x, indices[used[-1]])
     rest = [1] * (len(x.is_row) - n_rows - 1)
     if rest:
         index = walk.view(index, [1, *rest])
@@ -642,7 +567,27 @@ def _index(walk: Walk, node: fx.Node) -> RowValue:
     return walk.result(node, emitted, (True,) * n_rows + x.is_row[n_rows + 1 :], x, [x])
 
 
-def _picks_one_feature(x: RowValue, indices: Sequence[Any]) -> bool:
+def places_in_rows(walk: Walk, x: RowValue, dim: int, places: fx.Node) -> fx.Node:
+    """Places along a feature dimension, which may count from the end, as an index of each row.
+
+    For a gather and a scatter: Inductor's C++ of an ``index`` whose result an ``index_put`` writes
+    does not compile (torch 2.13).
+    """
+    (stored,) = stored_dims(x, [dim])
+    size, count = x.shape[dim], places.meta["val"].shape[0]
+    features = [count if at + 1 == stored else f for at, f in enumerate(x.features)]
+    if not all(isinstance(f, int) for f in (size, *features)):
+        raise Boundary("no-rule", "features of a symbolic size are indexed")
+    if places.meta["val"].dtype == torch.bool:
+        raise Boundary("no-rule", "features are indexed by a mask")
+    from_end = walk.emit(aten.add.Scalar, places, size)
+    wrapped = walk.emit(aten.where.self, walk.emit(aten.lt.Scalar, places, 0), from_end, places)
+    viewed = walk.emit(aten.view.default, wrapped, [count, *[1] * (len(features) - stored)])
+    rows = walk.emit(aten.sym_size.int, x.node, 0)
+    return walk.emit(aten.expand.default, viewed, [rows, *features])
+
+
+def picks_one_feature(x: RowValue, indices: Sequence[Any]) -> bool:
     """Whether indices are ``arange`` of each row dimension, then labels of the first feature."""
     n_rows = sum(x.is_row)
     used = [d for d, i in enumerate(indices) if i is not None]
@@ -675,7 +620,7 @@ def _rows_of_pairs(walk: Walk, node: fx.Node, x: RowValue, indices: Sequence[Any
     return walk.row_op(node, x, aten.index.Tensor, (rows,), is_row, val=val)
 
 
-def _labels_of(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> fx.Node:
+def labels_of(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> fx.Node:
     """``[rows, 1]`` labels that may count from the end, as non-negative numbers."""
     n_rows = sum(x.is_row)
     labels_val = labels.meta["val"]
@@ -726,7 +671,7 @@ def _is_whole_slice(node: fx.Node) -> bool:
 
 
 # Row r of x @ W is (row r of x) @ W.
-@_register("product", [aten.mm.default, aten.addmm.default, aten.mv.default])
+@register("product", [aten.mm.default, aten.addmm.default, aten.mv.default])
 def _mm(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
     addmm = node.target is aten.addmm.default
@@ -755,7 +700,7 @@ def _mm(walk: Walk, node: fx.Node) -> RowValue:
 
 # A batch of products, one per row: row r of the result reads row r of both. A product with a
 # batch of one is a plain product.
-@_register("product", [aten.bmm.default])
+@register("product", [aten.bmm.default])
 def _bmm(walk: Walk, node: fx.Node) -> RowValue:
     a_arg, b_arg = _two(node)
     a, b = walk.env.get(a_arg), walk.env.get(b_arg)
@@ -774,7 +719,7 @@ def _bmm(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # Each row looks its own indices up in a table that all rows share.
-@_register("product", [aten.embedding.default])
+@register("product", [aten.embedding.default])
 def _embedding(walk: Walk, node: fx.Node) -> RowValue:
     table, index = node.args[0], node.args[1]
     value = walk.env.get(index)
@@ -790,7 +735,7 @@ def _embedding(walk: Walk, node: fx.Node) -> RowValue:
 
 # A view that regroups rows among rows and features among features moves no element to another
 # row.
-@_register("layout", [aten.view.default, aten._unsafe_view.default])
+@register("layout", [aten.view.default, aten._unsafe_view.default])
 def _view(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
     shape = tuple(node.meta["val"].shape)
@@ -805,7 +750,7 @@ def _view(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # A dimension of size one holds no rows.
-@_register("layout", [aten.unsqueeze.default])
+@register("layout", [aten.unsqueeze.default])
 def _unsqueeze(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
     dim = int(node.args[1])
@@ -816,10 +761,10 @@ def _unsqueeze(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # As above, the other way round; row dimensions never have static size one here.
-@_register("layout", [aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default])
+@register("layout", [aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default])
 def _squeeze(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
-    dims = _dims(bind(node).get("dim"), len(x.is_row))
+    dims = dims_of(bind(node).get("dim"), len(x.is_row))
     gone = [d for d in dims if not x.is_row[d] and statically_known_true(x.shape[d] == 1)]
     if not gone:
         return x
@@ -830,14 +775,14 @@ def _squeeze(walk: Walk, node: fx.Node) -> RowValue:
 
 # Exchanging a row with a feature dimension changes how the user sees the value, not the value;
 # exchanging features permutes each row alike; exchanging rows reorders the rows.
-@_register("layout", [aten.permute.default, aten.transpose.int, aten.t.default])
+@register("layout", [aten.permute.default, aten.transpose.int, aten.t.default])
 def _permute(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
     order = list(range(len(x.is_row)))
     if node.target is aten.permute.default:
-        order = _dims(node.args[1], len(order))
+        order = dims_of(node.args[1], len(order))
     elif len(order) == 2 or node.target is aten.transpose.int:
-        a, b = (0, 1) if node.target is aten.t.default else _dims(node.args[1:], len(order))
+        a, b = (0, 1) if node.target is aten.t.default else dims_of(node.args[1:], len(order))
         order[a], order[b] = order[b], order[a]
     is_row = tuple(x.is_row[d] for d in order)
     row_order = [sum(x.is_row[:d]) for d in order if x.is_row[d]]
@@ -851,7 +796,7 @@ def _permute(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # Repeating features repeats them in every row.
-@_register("layout", [aten.repeat.default])
+@register("layout", [aten.repeat.default])
 def _repeat(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
     repeats = list(node.args[1])
@@ -865,11 +810,11 @@ def _repeat(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # Windows along one feature dimension of each row.
-@_register("layout", [aten.unfold.default])
+@register("layout", [aten.unfold.default])
 def _unfold(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
     x = walk.row_argument(node, bound["self"])
-    (dim,) = _dims(bound["dimension"], len(x.is_row))
+    (dim,) = dims_of(bound["dimension"], len(x.is_row))
     if x.is_row[dim]:
         raise Boundary("mixes-rows", "windows of rows")
     (stored,) = stored_dims(x, [dim])
@@ -878,7 +823,7 @@ def _unfold(walk: Walk, node: fx.Node) -> RowValue:
 
 
 # Repeating features repeats them in every row.
-@_register("layout", [aten.expand.default])
+@register("layout", [aten.expand.default])
 def _expand(walk: Walk, node: fx.Node) -> RowValue:
     x = walk.row_argument(node, node.args[0])
     shape = tuple(node.meta["val"].shape)
@@ -993,7 +938,7 @@ def match_view(x: RowValue, shape: Sequence[Any]) -> tuple[bool, ...] | None:
     return tuple(is_row + [False] * len(dims))
 
 
-def _dims(dims: Any, ndim: int) -> list[int]:
+def dims_of(dims: Any, ndim: int) -> list[int]:
     """Normalised dimensions; None and the empty list mean all of them."""
     if isinstance(dims, int):
         dims = [dims]

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from autochunk import write_rules  # noqa: F401
 from autochunk.find import hint, is_differentiable, op_name, source_line
 from autochunk.pieces import join, whole
 from autochunk.rules import Boundary, aten, bind, rule_for, same_rows, same_shape, same_size
@@ -262,7 +263,9 @@ class Walk:
 
     def _apply(self, node: fx.Node) -> Any:
         if self._depends_on_tail(node.all_input_nodes):
-            raise Boundary("two-pass", "an operand is computed from all the logits")
+            first = self._first_in_tail(node)
+            line = f"{op_name(first)} at {source_line(first)}"
+            raise Boundary("two-pass", f"an operand is computed from all the logits, by {line}")
         rule = rule_for(node.target)
         if rule is not None:
             return rule.apply(self, node)
@@ -337,6 +340,12 @@ class Walk:
 
     def _depends_on_tail(self, nodes: Sequence[fx.Node]) -> bool:
         return any(n in self.tail for n in nodes)
+
+    def _first_in_tail(self, node: fx.Node) -> fx.Node:
+        """Where what a node takes of the tail left the rows."""
+        while found := [arg for arg in node.all_input_nodes if arg in self.tail]:
+            node = found[0]
+        return node
 
     def _is_wide(self, value: RowValue) -> bool:
         names = value.heads & self.names or self.names
@@ -574,6 +583,22 @@ class Walk:
         if not same_rows(sizes, like.row_shape):
             raise Boundary("misaligned", f"{list(val.shape)} does not have the logits' rows")
         return self._rows_of(RowInput(arg, like.is_row, like.row_shape, like.chain), like)
+
+    def written_operand(
+        self, arg: fx.Node, is_row: tuple[bool, ...], like: RowValue, whole: bool = False
+    ) -> tuple[fx.Node, list[RowValue]]:
+        """A body node for what is written over features of ``like``, and the row value it is.
+
+        Args:
+            is_row: Its layout.
+            whole: As in :meth:`outer_operand`.
+        """
+        value = self.env.get(arg)
+        if value is None:
+            return self.outer_operand(arg, is_row, like, whole), []
+        if not isinstance(value, RowValue) or (value.is_row, value.chain) != (is_row, like.chain):
+            raise Boundary("misaligned", "operands of different rows are combined")
+        return value.node, [value]
 
     def note_index(self, index: fx.Node, size: Any, *, wraps: bool, node: fx.Node) -> None:
         """Remembers that ``index`` must address ``size`` features."""

@@ -19,6 +19,9 @@ B, T, H, V = 2, 6, 8, 64
 OPTIONS = {"min_bytes": 0, "chunk_rows": 5, "strict": True}
 
 
+PLACES = torch.tensor([40, 3, 17])
+
+
 def _indices(z, k=1):
     return (torch.arange(B * T * k).view(B, T, k) * 7) % V
 
@@ -110,6 +113,22 @@ SAMPLES = {
     aten.index_put.default: lambda z: _assign(z, (..., torch.tensor([3, -1])), 0.5).logsumexp(-1),
     aten.select_scatter.default: lambda z: _assign(z, (..., 3), z[..., 5] * 2).logsumexp(-1),
     aten.slice_scatter.default: lambda z: _assign(z, (..., slice(40, None)), -9.0).logsumexp(-1),
+    aten.index_fill.int_Scalar: lambda z: z.index_fill(-1, PLACES, -2.0).logsumexp(-1),
+    aten.index_fill.int_Tensor: lambda z: z.index_fill(
+        -1, PLACES - V, torch.tensor(-2.0, dtype=z.dtype)
+    ).logsumexp(-1),
+    aten.index_copy.default: lambda z: z.index_copy(-1, PLACES, 2 * z[..., :3]).logsumexp(-1),
+    aten.index_add.default: lambda z: (
+        z.view(B, T, 8, 8)
+        .index_add(2, PLACES // 8, _constant(B, T, 3, 8).to(z))
+        .logsumexp((-1, -2))
+    ),
+    aten.diagonal.default: lambda z: z.view(B, T, 8, 8).diagonal(1, -1, -2).logsumexp(-1),
+    aten.diagonal_scatter.default: lambda z: (
+        z.view(B, T, 8, 8).diagonal_scatter(3 * z[..., :7], -1, 3, 2).logsumexp((-1, -2))
+    ),
+    aten.tril.default: lambda z: z.view(B, T, 8, 8).tril(1).exp().sum((-1, -2)),
+    aten.triu.default: lambda z: z.view(B, T, 8, 8).triu(-1).exp().sum((-1, -2)),
     aten.index_select.default: lambda z: z.index_select(-1, torch.tensor([3, 1, 3])),
     aten.slice.Tensor: lambda z: z[..., 2:40:3].logsumexp(-1),
     aten.select.int: lambda z: z[..., 3] * z[:, :, -1],
@@ -180,6 +199,22 @@ WRITES = {
         )
         .logsumexp(-1)
     ),
+    "places": lambda z: _assign(z, (..., PLACES - V), z[..., PLACES] * 0.5).logsumexp(-1),
+    "places, added": lambda z: aten.index_put.default(
+        z, [None, None, PLACES], _constant(3).to(z), True
+    ).logsumexp(-1),
+    "places before other features": lambda z: _assign(
+        z.view(B, T, 8, 8), (slice(None), slice(None), PLACES // 8), z.view(B, T, 8, 8)[..., :1, :]
+    ).logsumexp((-1, -2)),
+    "into a new tensor": lambda z: _assign(
+        z.new_empty(B, T, V), (..., slice(0, V)), z.log_softmax(-1)
+    )[..., 3],
+    "one column of a new tensor": lambda z: _assign(
+        z.new_zeros(B, T, V), (..., 7), z.logsumexp(-1)
+    ).sum(-1),
+    "a column of a tensor beside": lambda z: aten.select_scatter.default(
+        _targets(z), z.amax(-1), 2, 7
+    ).logsumexp(-1),
     "row value": lambda z: _assign(z, (..., slice(1)), z.amax(-1, keepdim=True)).sum(-1),
 }
 
