@@ -16,6 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from autochunk import body as body_stage
 from autochunk import (
+    copies,  # noqa: F401
     recording,  # noqa: F401
     runtime,
 )

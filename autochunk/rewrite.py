@@ -30,6 +30,7 @@ from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
 from autochunk.memory import Memory, is_alias, storages, written_arguments
 from autochunk.modes import SET_GRAD, recording_of
 from autochunk.runtime import gradient_positions
+from autochunk.sink import ancestors
 from autochunk.tail import applied, logical_order, output_index
 from autochunk.types import (
     Cotangents,
@@ -158,7 +159,7 @@ class _Writer:
         self.sizes: dict[sympy.Expr, fx.Node] = {}
         self.constants: dict[str, torch.Tensor] = {}  # attributes of the new module
         self.dynamo: dict[fx.Node, fx.Node] = {}  # new node → Dynamo's
-        self.written = memory.written
+        self.memory = memory
         self.trace: str | None = None
 
     def write(self) -> Rewritten:
@@ -166,10 +167,10 @@ class _Writer:
         for node in self.gm.graph.nodes:
             if node.op != "output" and node not in self.lowered.cone:
                 self.from_dynamo[node] = self.new.node_copy(node, self.from_dynamo.__getitem__)
+                self.dynamo[self.from_dynamo[node]] = node
                 self._remember_sizes(self.from_dynamo[node], node.meta.get("example_value"))
         for node, source in self.lowered.sources.items():
             self.outer[node] = self.from_dynamo[source]
-            self.dynamo[self.from_dynamo[source]] = source
         exits = self._disable_autocast()
         records = self._recording_at_end()
         if self.lowered.needs_grad and not records:
@@ -252,6 +253,8 @@ class _Writer:
         n_outputs = self._take_outputs(group, results)
         if group.kept:
             ticket = self._item(results, n_outputs)
+            # A later backward pass may compute the gradients again.
+            rows, shared = ([self._unwritten(n) for n in nodes] for nodes in (rows, shared))
             return ops.attach_kept.default, (rows, shared, weights, ticket, group.key)
         row_grads, shared_grads = gradient_positions(group.key)
         wanted = [*(rows[i] for i in row_grads), *(shared[i] for i in shared_grads)]
@@ -261,15 +264,19 @@ class _Writer:
     def _unwritten(self, node: fx.Node) -> fx.Node:
         """A value that the backward pass needs: a copy of it where the graph writes to its memory.
 
-        Autograd would refuse the write to what it keeps, which unchunked may be something else.
+        Autograd would refuse the write to what it keeps, which unchunked may be something else; and
+        what is computed from an input that is written to would be computed again from what was
+        written (``copies.py``).
         """
-        if not self.written:
+        if not self.memory.written:
             return node
         source = node
         while source not in self.dynamo and getattr(source.target, "is_view", False):
             source = source.all_input_nodes[0]
-        shared = storages(fake(self.dynamo[source])) if source in self.dynamo else ()
-        return node if self.written.isdisjoint(shared) else self._emit(aten.clone.default, node)
+        held = {n: storages(fake(self.dynamo[n])) for n in ancestors([node]) if n in self.dynamo}
+        inputs = (s for n, found in held.items() if n.op == "placeholder" for s in found)
+        written = self.memory.written.intersection((*held.get(source, ()), *inputs))
+        return self._emit(torch.ops.autochunk.copy_of.default, node) if written else node
 
     def _take_outputs(self, group: Grouped, results: fx.Node) -> int:
         """Notes the outputs of a group's regions; returns their number."""
@@ -307,6 +314,7 @@ class _Writer:
         flat = list(output.args[0])
         lowered_results = self.lowered.results
         extra: list[fx.Node] = []
+        detached: dict[fx.Node, fx.Node] = {}
         placeholders = [n for n in self.new.nodes if n.op == "placeholder"]
         deferrals = []
         n_kept = sum(1 for arg in flat if not self._is_deferred(arg, lowered_results))
@@ -315,13 +323,18 @@ class _Writer:
                 i for i, arg in enumerate(flat) if self._is_deferred(arg, lowered_results, node)
             ]
             graph, inputs = _wide_graph(self.lowered, node)
+            needs_grad = node in self.lowered.needs_grad
 
-            def source(value: Any) -> Any:
+            def source(value: Any, needs_grad: bool = needs_grad) -> Any:
                 new = self._get(value) if isinstance(value, fx.Node) else self._size(value)
                 if not isinstance(new, fx.Node):
                     return int(new)
                 if new in placeholders:
                     return ("input", placeholders.index(new))
+                if not needs_grad and isinstance(value, fx.Node):
+                    # Else what computes it would be differentiated for nobody.
+                    new = detached[new] if new in detached else self._detach(new)
+                    detached[self._get(value)] = new
                 if new not in extra:
                     extra.append(new)
                 return ("output", n_kept + extra.index(new))
@@ -336,7 +349,7 @@ class _Writer:
                     shape=tuple(source(s) for s in val.shape),
                     strides=tuple(source(s) for s in val.stride()),
                     val=val,
-                    needs_grad=node in self.lowered.needs_grad,
+                    needs_grad=needs_grad,
                     claims=any(self._claims(flat[i]) for i in positions),
                     symbolic=tuple(_symbolic_dims(n.meta["val"]) for n in inputs),
                 )

@@ -157,3 +157,81 @@ def test_fault_R3_curricular_face_as_published():
     inputs = _inputs()
     compiled = torch.compile(loss, backend="autochunk", options=OPTIONS)
     check(run(compiled, inputs), run(loss, inputs), run(loss, widened(inputs)), torch.float32)
+
+
+def _losses(x: Tensor, w: Tensor, b: Tensor, s: Tensor, y: Tensor) -> Any:
+    z = F.linear(x, w, b)
+    one, two = F.cross_entropy(z, y), F.cross_entropy(z * s, y)
+    x.add_(1)
+    return one + 0.5 * two.exp()
+
+
+def _normalised(x: Tensor, w: Tensor, b: Tensor, s: Tensor, y: Tensor) -> Any:
+    z = F.linear(F.normalize(x), w) * s
+    loss = F.cross_entropy(z, y, reduction="none").square().mean() + b.sum()
+    x[0].mul_(3)
+    return loss
+
+
+def _one_loss(x: Tensor, w: Tensor, b: Tensor, s: Tensor, y: Tensor) -> Any:
+    loss = F.cross_entropy(F.linear(x, w, b) * s, y)
+    x.add_(1)
+    return loss
+
+
+def _labels(x: Tensor, w: Tensor, b: Tensor, s: Tensor, y: Tensor) -> Any:
+    loss = F.cross_entropy(F.linear(x, w, b) * s, y, reduction="none").square().mean()
+    y.clone().fill_(0)
+    return loss
+
+
+def _weight(x: Tensor, w: Tensor, b: Tensor, s: Tensor, y: Tensor) -> Any:
+    loss = F.cross_entropy(F.linear(x, w, b) * s, y, reduction="none").square().mean()
+    w.mul_(0.5)
+    return loss
+
+
+WRITTEN = [
+    (_losses, 1),
+    (_normalised, 1),
+    (_one_loss, 1),
+    (_one_loss, 2),
+    (_labels, 1),
+    (_weight, 1),
+]
+
+
+@pytest.mark.parametrize(("loss", "calls"), WRITTEN)
+def test_fault_written_after_a_frozen_head(loss: Any, calls: int):
+    """The backward pass computed its logits again from what the graph had written by then."""
+
+    def gradients(function: Any) -> list[Any]:
+        x, w, y = (t.detach().clone() for t in _inputs())
+        b, s = torch.zeros(V, requires_grad=True), torch.tensor(1.2, requires_grad=True)
+        # One backward pass for all calls: the second one keeps no gradients.
+        total = sum(function(x, w, b, s, y) for _ in range(calls))
+        total.backward()
+        return [total.detach(), x, w, b.grad, s.grad]
+
+    ours = gradients(torch.compile(loss, backend="autochunk", options=OPTIONS))
+    for a, b in zip(ours, gradients(loss), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5)
+
+
+def test_fault_written_under_detached_logits_that_are_returned(no_codegen: Any):
+    """Their inputs were returned with gradients, which nobody can ask for."""
+
+    def step(x: Tensor, w: Tensor, b: Tensor, s: Tensor, y: Tensor) -> Any:
+        hidden = torch.tanh(x @ w[:H] * s)
+        z = F.linear(hidden * s, w, b).detach()
+        x.add_(0.1)
+        return F.cross_entropy(z, y) + s, z
+
+    x, w, y = _inputs()
+    x, s = x.detach(), torch.tensor(1.2, requires_grad=True)
+    arguments = (w, torch.zeros(V, requires_grad=True), s, y)
+    loss, z = torch.compile(step, backend="autochunk", options=OPTIONS)(x.clone(), *arguments)
+    assert type(z) is autochunk.DeferredTensor
+    expected, logits = step(x.clone(), *arguments)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(z * 1, logits)
