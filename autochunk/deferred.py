@@ -281,8 +281,8 @@ def _wrap(plain: Tensor, formula: Formula | None, strides: Sequence[int]) -> Def
 def _refuse_writes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Raises where an op would modify a wrapper: autograd would not see that ``plain`` changed.
 
-    A compiler's copy may be where a graph break is an error: the compiled function is given the
-    logits' values (``entering.py``).
+    A compiler's copy may be where a graph break is an error: this backend gives the compiled
+    function the logits' values (``entering.py``).
 
     Raises:
         NotImplementedError: for a compiler's copy; Dynamo then leaves the op to eager PyTorch.
@@ -293,16 +293,23 @@ def _refuse_writes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> No
     for tensor in pytree.tree_leaves(written):
         if isinstance(tensor, DeferredTensor):
             is_copy = tensor._formula is None
-            if not (is_copy and _breaks_are_errors()):
+            if not (is_copy and _must_be_compiled()):
                 error = NotImplementedError if is_copy else RuntimeError
                 raise error(_MODIFIED.format(func))
 
 
-def _breaks_are_errors() -> bool:
-    """Whether Dynamo traces with ``fullgraph=True``, or as if."""
+def _must_be_compiled() -> bool:
+    """Whether Dynamo traces with ``fullgraph=True``, or as if, for a compiler that can do it.
+
+    Plain Inductor cannot: AOTAutograd raises for writes to a tensor subclass (torch 2.13).
+    """
     translator = getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
-    names = ("one_graph", "error_on_graph_break")
-    return any(getattr(translator, name, False) for name in names)
+    breaks = (getattr(translator, name, False) for name in ("one_graph", "error_on_graph_break"))
+    if not any(breaks):
+        return False
+    compiler = getattr(getattr(translator, "output", None), "compiler_fn", None)
+    compiler = getattr(compiler, "_torchdynamo_orig_backend", compiler)
+    return not isinstance(compiler, torch._TorchCompileInductorWrapper)
 
 
 def _is_view(func: Any) -> bool:
