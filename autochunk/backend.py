@@ -228,7 +228,7 @@ def _analyse(gm: fx.GraphModule, options: Options, required: bool, amplify: floa
             refusals.update(dict.fromkeys((c.name for c in kept), remaining))
             break
         lifted = lift(lowered, defer=not required)
-        found = {**lifted.refusals, **refuse_deferral(memory, lowered, lifted)}
+        found = {**lifted.refusals, **refuse_deferral(gm.graph, memory, lowered, lifted)}
         if not found:
             scheduled, found = _schedule(lowered, lifted, options, required)
         if not found:
