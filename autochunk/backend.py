@@ -282,7 +282,7 @@ def _analyse(
             refusals.update(dict.fromkeys((c.name for c in kept), remaining))
             break
         lowered, lifted = lift_unmerged(lowered, defer=not required)
-        found = {**lifted.refusals, **refuse_deferral(memory, lowered, lifted)}
+        found = {**lifted.refusals, **refuse_deferral(gm.graph, memory, lowered, lifted)}
         if not found:
             scheduled, found = _schedule(lowered, lifted, options, required)
         if not found:

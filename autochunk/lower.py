@@ -197,6 +197,7 @@ def _lower(
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*fakes)
+    _differentiable(lowered)
     _remove_fresh_mutations(lowered)
     writes = _take_writes(lowered, inside)
     _copies_to_values(lowered)
@@ -218,6 +219,18 @@ def _lower(
         cone=cone,
         inside=run_here,
     )
+
+
+#: What an op is where its arguments have no gradient, and what it is where they have.
+_WITHOUT_DERIVATIVE = {
+    aten._embedding_bag_forward_only.default: aten._embedding_bag.default,
+}
+
+
+def _differentiable(gm: fx.GraphModule) -> None:
+    """Puts ops that have a derivative in place of those that were chosen while autograd was off."""
+    for node in gm.graph.nodes:
+        node.target = _WITHOUT_DERIVATIVE.get(node.target, node.target)
 
 
 def _take_writes(gm: fx.GraphModule, inside: Inside) -> tuple[fx.Node, ...]:

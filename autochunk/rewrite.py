@@ -157,6 +157,7 @@ class _Writer:
         self.stored: dict[tuple[str, int], fx.Node] = {}  # region output → new node
         self.logical: dict[fx.Node, fx.Node] = {}  # lowered value node → new node
         self.sizes: dict[sympy.Expr, fx.Node] = {}
+        self.selected: dict[sympy.Expr, tuple[fx.Node, int]] = {}  # a symbol → of what, which size
         self.constants: dict[str, torch.Tensor] = {}  # attributes of the new module
         self.dynamo: dict[fx.Node, fx.Node] = {}  # new node → Dynamo's
         self.memory = memory
@@ -521,6 +522,7 @@ class _Writer:
                 n = len(step.in_shape)
                 args = ([*args[0], *range(n, n + len(features))],)
             x = self._emit(step.target, x, *args)
+            self._note_selected(x, step.out_shape)
             current = step.out_shape
         return x
 
@@ -576,6 +578,12 @@ class _Writer:
                     if isinstance(expr, sympy.Symbol) and expr not in self.sizes:
                         self.sizes[expr] = self._emit(aten.sym_size.int, node, d)
 
+    def _note_selected(self, node: fx.Node, shape: Sequence[Any]) -> None:
+        """Notes where sizes can be had that only exist once rows have been selected, by a mask."""
+        for d, size in enumerate(shape):
+            if isinstance(size, torch.SymInt) and size.node.hint is None:
+                self.selected.setdefault(size.node.expr, (node, d))
+
     def _size(self, size: Any) -> Any:
         """A number, or the new node that computes a symbolic one."""
         if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
@@ -583,6 +591,10 @@ class _Writer:
         expr = size.node.expr
         if expr.is_number:
             return int(expr) if isinstance(size, torch.SymInt) else size
+        if expr in self.sizes:
+            return self.sizes[expr]
+        for symbol in expr.free_symbols & self.selected.keys() - self.sizes.keys():
+            self.sizes[symbol] = self._emit(aten.sym_size.int, *self.selected[symbol])
         if expr in self.sizes:
             return self.sizes[expr]
         env = {s: fx.Proxy(self.sizes[s]) for s in expr.free_symbols}

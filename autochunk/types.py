@@ -63,7 +63,8 @@ REFUSAL_CODES: Mapping[str, str] = {
     "per-row values, or they reach more than one loss; their gradients are not known in advance.",
     "unsupported-graph": "The graph has a construct that cannot be lowered to ATen ops here: it "
     "calls `torch.autograd.grad` or `backward` on what the logits lead to "
-    "(`torch._dynamo.config.trace_autograd_ops`).",
+    "(`torch._dynamo.config.trace_autograd_ops`), or returns logits whose number of rows depends "
+    "on data (`logits[mask]` with `capture_dynamic_output_shape_ops`).",
     "internal-error": "The rewrite of this head raised an exception that nobody expected, a fault "
     "of autochunk: please report it. The other heads of the graph are chunked.",
 }
