@@ -3,8 +3,9 @@
     loss = compiled_loss(compiled_model(x), y)      # or one function, with a graph break in it
 
 To the first, the second's graph is one more op on its logits: it is evaluated as recorded ops are,
-and the logits never exist. Where that is not possible, the graph is compiled as it is and the
-logits are computed.
+and the logits never exist. Views of the logits that it returns are made one by one, so that they
+share the logits' memory. Where that is not possible, the graph is compiled as it is and the logits
+are computed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import functools
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from autochunk.deferred import DeferredTensor
 from autochunk.evaluation import Programs, define, evaluate
 from autochunk.find import fake, is_grad_function, is_inplace, is_random, op_name, source_line
 from autochunk.memory import Memory, storages
+from autochunk.modes import MODES
+from autochunk.sink import ancestors
 from autochunk.stance import reason_not_compiled
 from autochunk.steps import is_intercepted, is_open, record
 from autochunk.writes import name_of
@@ -45,9 +49,10 @@ def enter(gm: fx.GraphModule, compiler: Callable[..., Any]) -> Entered | None:
     if not _has_deferred(gm):
         return None
     memory = Memory.of(gm.graph)
-    reason = _refusal(gm, memory)
+    views = _views_of_deferred(gm.graph)
+    reason = _refusal(gm, memory, views)
     if reason is None:
-        return Entered(as_function(gm.graph), compiler, _is_dynamic(gm))
+        return Entered(as_function(gm.graph), compiler, _is_dynamic(gm), split(gm.graph, views))
     LOG.info("logits that enter a compiled function are computed: %s", reason)
     if _writes_to_deferred(gm, memory):
         # AOTAutograd does not compile a write to a tensor subclass that has a gradient.
@@ -72,6 +77,66 @@ def _writes_to_deferred(gm: fx.GraphModule, memory: Memory) -> bool:
     return any(not memory.written.isdisjoint(storages(fake(node))) for node in given)
 
 
+def _views_of_deferred(graph: fx.Graph) -> dict[int, fx.Node]:
+    """What a graph returns that shares memory with deferred logits, by position."""
+    given = [storages(fake(node)) for node in graph.nodes if _is_deferred(node)]
+    logits = frozenset().union(*given)
+    return {
+        i: node
+        for i, node in enumerate(_returned(graph))
+        if isinstance(node, fx.Node) and not logits.isdisjoint(storages(fake(node)))
+    }
+
+
+def _returned(graph: fx.Graph) -> Sequence[Any]:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    return output.args[0]  # type: ignore[return-value]  # Dynamo's is a tuple
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A graph in two functions of the same arguments.
+
+    Attributes:
+        views: Makes the views of deferred logits that it returns.
+        rest: Computes its other results; None if there are none.
+        places: Of the views among the results.
+    """
+
+    views: Callable[..., Any]
+    rest: Callable[..., Any] | None
+    places: tuple[int, ...]
+
+    def joined(self, rest: Sequence[Any], views: Sequence[Any]) -> tuple[Any, ...]:
+        """The graph's results from those of the two."""
+        others, made = iter(rest), iter(views)
+        number = len(rest) + len(views)
+        return tuple(next(made if i in self.places else others) for i in range(number))
+
+
+def split(graph: fx.Graph, views: Mapping[int, fx.Node]) -> Parts | None:
+    """A graph without the ``views`` that it returns, and these; None if it returns none."""
+    if not views:
+        return None
+    rest = [node for i, node in enumerate(_returned(graph)) if i not in views]
+    behind = ancestors(list(views.values()))
+    return Parts(
+        views=as_function(_with_outputs(graph, list(views.values()), behind)),
+        rest=as_function(_with_outputs(graph, rest, set(graph.nodes))) if rest else None,
+        places=tuple(views),
+    )
+
+
+def _with_outputs(graph: fx.Graph, outputs: Sequence[Any], kept: Collection[fx.Node]) -> fx.Graph:
+    made = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" or (node in kept and node.op != "output"):
+            copies[node] = made.node_copy(node, copies.__getitem__)
+    made.output(fx.map_arg(tuple(outputs), copies.__getitem__))
+    return made
+
+
 def _has_attributes(gm: fx.GraphModule) -> bool:
     return any(node.op in ("call_module", "get_attr") for node in gm.graph.nodes)
 
@@ -83,13 +148,15 @@ def _is_dynamic(gm: fx.GraphModule) -> bool:
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
-def _refusal(gm: fx.GraphModule, memory: Memory) -> str | None:
+def _refusal(gm: fx.GraphModule, memory: Memory, views: Mapping[int, fx.Node]) -> str | None:
     """Why a graph cannot be evaluated as an op on its inputs, if it cannot.
 
     Writes to tensors that the graph has made are its own business.
     """
     for node in gm.graph.nodes:
         name = op_name(node)
+        if views and node.target in MODES:
+            return f"a view is returned, and {name} is called, {source_line(node)}"
         if isinstance(node.target, torch._ops.HigherOrderOperator) or is_grad_function(node.target):
             return f"{name} is a higher-order op, {source_line(node)}"
         if node.op in ("call_module", "get_attr"):
@@ -142,11 +209,13 @@ class Entered:
         function: Callable[..., Any],
         compiler: Callable[..., Any],
         dynamic: bool,
+        parts: Parts | None = None,
         *,
         with_values: bool = False,
     ) -> None:
         self._function = function
         self._dynamic = dynamic
+        self._parts = parts
         self._with_values = with_values
         self._programs = Programs(functools.partial(compiler, required=True))
         alone = functools.partial(compiler, required=False)
@@ -176,7 +245,19 @@ class Entered:
             return NotImplemented
         if not self._programs.is_usable():
             return NotImplemented
+        if self._parts is None:
+            return self._evaluated(self._function, args)
+        rest: Any = ()
+        if self._parts.rest is not None:
+            rest = self._evaluated(self._parts.rest, args)
+        if rest is NotImplemented:
+            return NotImplemented
+        return self._parts.joined(rest, self._parts.views(*args))
+
+    def _evaluated(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, {}))
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        step = record(self._function, self._function, leaves, spec, (float, int), self._dynamic)
+        needs_grad = torch.is_grad_enabled() and any(
+            arg.requires_grad for arg in args if isinstance(arg, Tensor)
+        )
+        step = record(function, function, leaves, spec, (float, int), self._dynamic)
         return evaluate(step, self._programs, needs_grad)

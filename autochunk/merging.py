@@ -251,7 +251,7 @@ class _Mover:
             if arg in self.fine:
                 own = self.fine[arg].sizes
                 for d, parts in enumerate(own, ndim - len(own)):
-                    if len(parts) > 1:
+                    if len(parts) > 1 and not _is_one(parts):
                         if len(wanted[d]) > 1 and not same_shape(wanted[d], parts):
                             raise Boundary("misaligned", "values merged otherwise are combined")
                         wanted[d] = parts
@@ -266,7 +266,7 @@ class _Mover:
         for mine, theirs in zip(own.sizes, wanted[len(wanted) - len(own.groups) :], strict=True):
             if len(mine) == len(theirs):
                 sizes += mine
-            elif len(mine) == 1 and statically_known_true(mine[0] == 1):
+            elif _is_one(mine):
                 sizes += [1] * len(theirs)
             elif len(mine) == 1 and same_size(mine[0], prod(theirs)):
                 sizes += theirs
@@ -457,6 +457,11 @@ class _Mover:
         return made
 
 
+def _is_one(sizes: Sequence[Any]) -> bool:
+    """Whether a dimension that these are merged into has one element: it is broadcast."""
+    return all(statically_known_true(size == 1) for size in sizes)
+
+
 def _is_whole(node: fx.Node) -> bool:
     """Whether a slice takes everything."""
     return bind(node)["step"] == 1 and same_shape(
@@ -471,6 +476,8 @@ def _refined(shape: Sequence[Any], seen: Sequence[Any]) -> tuple[list[Any], tupl
         The sizes of the parts that dimensions are split into, and for each dimension of ``seen``
         how many of them are merged into it.
     """
+    if any(statically_known_true(size == 0) for size in (*shape, *seen)):
+        return None  # nothing is split into anything
     left = [size for size in shape if not statically_known_true(size == 1)]
     sizes: list[Any] = []
     groups: list[int] = []

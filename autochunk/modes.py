@@ -18,6 +18,8 @@ from torch import Tensor, fx
 SET_GRAD = torch._C._set_grad_enabled
 _ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
 _EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
+#: Calls that change the mode.
+MODES = (SET_GRAD, _ENTER_INFERENCE, _EXIT_INFERENCE)
 
 
 def recording_of(graph: fx.Graph) -> dict[fx.Node, bool]:

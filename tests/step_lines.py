@@ -3,13 +3,15 @@
 A template is one Python statement, or a few, with holes. The first letter of a name is its kind:
 
     h  hidden states, B × T × H          z  logits, N × V              q  logits, B × T × V
+    c  logits, B × V × T                 w  logits, K × B × T × V: a stack of heads
     y  labels, N                         r  a number a row, N          i  an integer a row, N
     s  a number                          m  fresh memory of 8 numbers  n  fresh memory of N numbers
     p  memory of 8 numbers that outlives the step: a buffer, an input, a view of one
 
 ``{z}`` is a name of that kind that exists, ``{z2}`` is another hole of the same kind, ``{+z}`` is a
-new name, and ``{cut}`` drops the last position of each sequence in a shifted step. A line that
-eager PyTorch rejects costs nothing: such a step is drawn again.
+new name, and ``{cut}`` drops the last position of each sequence in a shifted step (``{cuts}`` in
+``w``, ``{cutc}`` in ``c``). In a step with a stack of heads N, and the batch of q, are K times as
+many. A line that eager PyTorch rejects costs nothing: such a step is drawn again.
 """
 
 from __future__ import annotations
@@ -58,6 +60,71 @@ HEADS = (
     "{+q} = torch.einsum('bth,vh->btv', {h}, self.head.weight)",
     "{+q} = self.head({h} * self.scale)",
     "{+q} = self.head({h}) / self.temperature.exp()",
+    "{+c} = self.conv({h}.transpose(1, 2))\n{+q} = {+c}.transpose(1, 2)",
+    "{+c} = F.conv1d({h}.transpose(1, 2), self.head.weight[..., None], self.head.bias)\n"
+    "{+q} = {+c}.transpose(1, 2)",
+    "{+q} = F.conv2d({h}.mT[..., None], self.conv.weight[..., None]).squeeze(-1).mT",
+)
+#: Logits with their features before the positions, as convolutions make them.
+CHANNELS = (
+    "{+q} = {c}.transpose(1, 2)",
+    "{+c} = {c} * 0.7",
+    "{+c} = {c}.log_softmax(1)",
+    "{+c} = {c}.contiguous()",
+    "{c}.mul_(0.9)",
+    "{c}[:, 3] = -5.0",
+    "{c}[:, :, 1] = 0.5",
+    "{+s} = F.cross_entropy({c}{cutc}, {y}.view(B, -1))",
+    "{+s} = F.cross_entropy({c}{cutc}, {y}.view(B, -1), label_smoothing=0.1)",
+    "{+s} = {c}.logsumexp(1).square().mean()",
+    "{+s} = {c}.mean()",
+    "{+r} = F.cross_entropy({c}{cutc}, {y}.view(B, -1), reduction='none').flatten()",
+    "{+r} = {c}{cutc}.amax(1).flatten()",
+)
+STACKS = (
+    "{+w} = torch.stack([self.head({h}), self.second({h})])",
+    "{+w} = torch.stack([self.head({h}), self.second({h})], 1).transpose(0, 1)",
+    "{+w} = torch.stack([self.head({h}), self.second({h})], 2).movedim(2, 0)",
+    "{+w} = torch.stack([head({h}) for head in (self.head, self.second)], -1).movedim(-1, 0)",
+    "{+w} = torch.cat([self.head({h})[None], self.second({h})[None]])",
+    "{+w} = torch.stack([self.head({h}), self.head({h} * self.scale)], 1).movedim(1, 0)",
+    "{+w} = torch.stack([self.head({h}), self.second({h}).detach()])",
+    "{+w} = torch.einsum('bth,kvh->btkv', {h}, self.codebooks).movedim(2, 0)",
+    "{+w} = F.linear({h}, self.codebooks.flatten(0, 1)).unflatten(-1, (K, V)).movedim(2, 0)",
+    "{+w} = self.wide({h}.transpose(1, 2)).unflatten(1, (K, V)).permute(1, 0, 3, 2)",
+)
+MERGES = (
+    "{+q} = {w}.flatten(0, 1)",
+    "{+q} = {w}.reshape(K * B, -1, V)",
+    "{+q} = {w}.view(-1, {w}.shape[2], V)",
+    "{+q} = {w}.transpose(0, 1).flatten(0, 1)",
+    "{+q} = {w}.transpose(0, 1).reshape(-1, *{w}.shape[2:])",
+    "{+q} = {w}.transpose(0, 1).view(-1, *{w}.shape[2:])",
+    "{+q} = {w}.transpose(0, 1).contiguous().view(K * B, -1, V)",
+    "{+q} = {w}.permute(1, 2, 0, 3).flatten(1, 2)",
+    "{+q} = {w}.permute(1, 2, 0, 3).view(B, -1, V)",
+)
+#: A stack before it is merged.
+STACKED = (
+    "{+w} = {w} * 0.7",
+    "{+w} = {w}.log_softmax(-1)",
+    "{+w} = {w} + 0.5 * {w2}",
+    "{+w} = {w}.masked_fill({k}.view(K, B, -1, 1), 0.0)",
+    "{+w} = {w} - {w}.detach().amax(-1, keepdim=True)",
+    "{+w} = {w} - {w}.mean(0, keepdim=True)",
+    "{+w} = {w}.clone()\n{+w}[1] = -1.0",
+    "{+w} = {w}.detach()",
+    "{w}.mul_(0.9)",
+    "{w}[1, ..., 3] = -5.0",
+    "{w}[0].add_(0.5)",
+    "{+s} = sum(F.cross_entropy(a{cut}.reshape(-1, V), b) for a, b in zip({w}, {y}.view(K, -1)))",
+    "{+s} = F.cross_entropy({w}{cuts}.permute(1, 3, 0, 2), {y}.view(K, B, -1).transpose(0, 1))",
+    "{+s} = {w}.logsumexp(-1).square().mean()",
+    "{+s} = {w}[1].mean()",
+    "{+r} = {w}{cuts}.logsumexp(-1).flatten()",
+    "{+r} = {w}{cuts}.transpose(0, 1).amax(-1).reshape(-1)",
+    "{+r} = F.cross_entropy({w}{cuts}.flatten(0, 2), {y}, reduction='none')",
+    *MERGES,
 )
 FLAT = ("{+z} = {q}{cut}.flatten(0, 1)", "{+z} = {q}{cut}.reshape(-1, V)")
 WIDE = (
@@ -139,7 +206,7 @@ LOSSES = (
     "{+s} = F.cross_entropy({z}, {y})",
     "{+s} = F.cross_entropy({z}, {y}, label_smoothing=0.1)",
     "{+s} = F.cross_entropy({z}, {y}, reduction='sum') / 20",
-    "{+s} = F.cross_entropy({q}{cut}.transpose(1, 2), {y}.view(B, -1))",
+    "{+s} = F.cross_entropy({q}{cut}.transpose(1, 2), {y}.view(len({q}), -1))",
     "{+s} = F.mse_loss({z}, {t})",
     "{+s} = F.kl_div({z}.log_softmax(-1), {t}.softmax(-1), reduction='batchmean')",
     "{+s} = F.kl_div({z}.log_softmax(-1), {z2}.detach().softmax(-1), reduction='batchmean')",
@@ -297,6 +364,8 @@ FORWARD = (
     (3, HIDDEN),
     (3, LABELS),
     (2, HEADS),
+    (2, CHANNELS),
+    (4, STACKED),
     (2, FLAT),
     (5, WIDE),
     (0.3, MIXING),
@@ -313,6 +382,8 @@ FORWARD = (
 AFTER_IT = (
     (1, LABELS),
     (1, FLAT),
+    (1, CHANNELS),
+    (2, STACKED),
     (4, WIDE),
     (0.2, MIXING),
     (4, ROWS),
@@ -328,6 +399,7 @@ AFTER_IT = (
 )
 METRICS = ((3, ROWS), (3, PICKED), (3, LOSSES), (1, NARROW), (1, READS))
 
+_CUTS = {"cut": "[:, :-1]", "cuts": "[:, :, :-1]", "cutc": "[..., :-1]"}
 _HOLE = re.compile(r"\{(\+?)([a-zA-Z]+)(\d?)\}")
 
 
@@ -340,6 +412,7 @@ class Dice:
         shifted: Whether the last position of each sequence is dropped.
         exact: Whether an argmax may be compared: not where logits are rounded to ties.
         casts: Whether a block may be under autocast.
+        stacked: Whether the heads of the step are stacks of K.
         names: Names by kind.
     """
 
@@ -347,6 +420,7 @@ class Dice:
     shifted: bool = False
     exact: bool = True
     casts: bool = False
+    stacked: bool = False
     names: dict[str, list[str]] = field(
         default_factory=lambda: {kind: list(names) for kind, names in INPUTS.items()}
     )
@@ -361,8 +435,8 @@ class Dice:
             hole = plus + kind + which
             if hole in found:
                 continue
-            if kind == "cut":
-                found[hole] = "[:, :-1]" if self.shifted else ""
+            if kind in _CUTS:
+                found[hole] = _CUTS[kind] if self.shifted else ""
             elif plus:
                 found[hole] = f"{kind}{number}"
                 new.append(kind)
@@ -385,6 +459,8 @@ class Dice:
         family = self.random.choices([f for _, f in families], [w for w, _ in families])[0]
         if family is PICKED and not self.exact:
             return None
+        if family is HEADS and self.stacked:
+            family = STACKS
         filled = self.fill(self.random.choice(family))
         if filled is None or any(family is alone for alone in (BREAKS, OUTSIDE)):
             return filled

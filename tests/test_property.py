@@ -21,7 +21,38 @@ from hypothesis import strategies as st
 import autochunk
 
 PROGRAMS = int(os.environ.get("AUTOCHUNK_PROGRAMS", "60"))
-B, T, H, V = 2, 5, 4, 64
+B, T, H, K, V = 2, 5, 4, 3, 64
+
+#: Hidden states, weight and the weights of K heads → logits, ``[B, T, V]`` but for what is merged.
+HEADS = {
+    "einsum": lambda x, w, ws: torch.einsum("bth,vh->btv", x, w),
+    "conv1d": lambda x, w, ws: F.conv1d(x.mT, w[..., None]).mT,
+    "conv2d": lambda x, w, ws: F.conv2d(x.mT[..., None], w[..., None, None])[..., 0].mT,
+    "stack first": lambda x, w, ws: _stack(x, ws, 0).flatten(0, 1),
+    "stack between": lambda x, w, ws: _stack(x, ws, 1).view(-1, x.shape[1], V),
+    "stack behind": lambda x, w, ws: _stack(x, ws, 2).transpose(1, 2).flatten(0, 1),
+    "stack last": lambda x, w, ws: _stack(x, ws, -1).movedim(-1, 0).reshape(-1, x.shape[1], V),
+    "stack in time": lambda x, w, ws: _stack(x, ws, 2).flatten(1, 2),
+    "stack of unbound": lambda x, w, ws: _stack(x, ws.unbind(), 1).flatten(0, 1),
+    "codebooks": lambda x, w, ws: torch.einsum("bth,kvh->btkv", x, ws).flatten(1, 2),
+    "one head of all": lambda x, w, ws: (
+        F.linear(x, ws.flatten(0, 1)).unflatten(-1, (-1, V)).transpose(1, 2).flatten(0, 1)
+    ),
+    "conv of all": lambda x, w, ws: (
+        F.conv1d(x.mT, ws.flatten(0, 1)[..., None])
+        .unflatten(1, (-1, V))
+        .flatten(0, 1)
+        .transpose(1, 2)
+    ),
+}
+#: What time of these is: not merged, or merged with the heads.
+STACKS = sorted(name for name in HEADS if name.split()[0] in ("stack", "codebooks", "one", "conv"))
+IN_TIME = ("stack in time", "codebooks")
+
+
+def _stack(x, ws, dim):
+    return torch.stack([F.linear(x, w) for w in ws], dim)
+
 
 #: Wide → wide. No rounding of its own (a cast down): the float64 run would round alike, and ours,
 #: which scales gradients afterwards, not. ``p`` holds the program's side inputs.
@@ -130,8 +161,16 @@ class Program:
     strategy: str
     dynamic: bool
     temperature: float
+    head: str = ""
 
-    def __call__(self, x, w, per_feature, per_row, per_batch, advantage, banned, mask, labels):
+    @property
+    def rows(self):
+        """The shape of the logits' rows."""
+        if self.head not in STACKS:
+            return B, T
+        return (B, T * K) if self.head in IN_TIME else (B * K, T)
+
+    def __call__(self, x, w, ws, per_feature, per_row, per_batch, advantage, banned, mask, labels):
         p = {
             "per_feature": per_feature,
             "per_row": per_row,
@@ -142,10 +181,10 @@ class Program:
             "labels": labels,
             "temperature": self.temperature,
         }
-        z = F.linear(x, w)
+        z = HEADS[self.head](x, w, ws) if self.head else F.linear(x, w)
         if self.shifted:
             z = z[:, :-1]
-            p = {k: v[:, 1:] if _per_token(v) else v for k, v in p.items()}
+            p = {k: v[:, 1:] if self._per_token(v) else v for k, v in p.items()}
         for name in self.wide:
             if name not in ("bias", "mask") or z.shape[-1] == V:
                 z = WIDE[name](z, p)
@@ -165,18 +204,19 @@ class Program:
         return [
             normal(B, T, H).requires_grad_(self.input_grad),
             normal(V, H).requires_grad_(self.weight_grad),
+            normal(K, V, H).requires_grad_(self.weight_grad),
             normal(V).requires_grad_(),
-            (normal(B, T, 1).abs() + 0.5).requires_grad_(),
-            normal(B, 1, 1).abs() + 0.5,
-            normal(B, T),
+            (normal(*self.rows, 1).abs() + 0.5).requires_grad_(),
+            normal(self.rows[0], 1, 1).abs() + 0.5,
+            normal(*self.rows),
             torch.arange(V) % 7 == 6,
-            torch.rand(B, T, generator=generator) > 0.3,
-            torch.randint(0, V, (B, T, 1), generator=generator),
+            torch.rand(*self.rows, generator=generator) > 0.3,
+            torch.randint(0, V, (*self.rows, 1), generator=generator),
         ]
 
-
-def _per_token(value):
-    return isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == T
+    def _per_token(self, value):
+        is_tensor = isinstance(value, torch.Tensor)
+        return is_tensor and value.dim() > 1 and value.shape[1] == self.rows[1]
 
 
 programs = st.builds(
@@ -197,6 +237,7 @@ programs = st.builds(
     strategy=st.sampled_from(["auto", "recompute"]),
     dynamic=st.booleans(),
     temperature=st.sampled_from([0.7, 1.0, 2.0]),
+    head=st.sampled_from([""] * len(HEADS) + sorted(HEADS)),
 )
 
 #: Programs on which an earlier version failed, as hypothesis shrank them.
@@ -246,6 +287,10 @@ def _check(program: Program) -> list[str]:
 
     def chunked(*args):
         if program.dynamic:
+            for arg in args:
+                if arg.dim() > 1 and arg.shape[0] == program.rows[0] and arg is not args[2]:
+                    dims = [d for d in (0, 1) if arg.shape[d] > 1]
+                    torch._dynamo.maybe_mark_dynamic(arg, dims)
             torch._dynamo.maybe_mark_dynamic(args[0], [0, 1])
         explanation = autochunk.explain(
             program,
@@ -263,7 +308,7 @@ def _check(program: Program) -> list[str]:
     assert found[0].reports, "Dynamo captured nothing"
     codes = {row.refusal.code for row in found[0].refused}
     assert codes <= set(autochunk.REFUSAL_CODES)
-    if not program.mixing:
+    if not program.mixing and program.head not in STACKS:
         assert found[0].chunked, found[0]
     check(actual, run(program, inputs), run(program, widened(inputs)), program.dtype)
     return ["chunked"] if found[0].chunked else sorted(codes)
