@@ -332,8 +332,9 @@ class _Writer:
                     return int(new)
                 if new in placeholders:
                     return ("input", placeholders.index(new))
-                if not needs_grad and isinstance(value, fx.Node):
-                    # Else what computes it would be differentiated for nobody.
+                if self.memory.written and not needs_grad and isinstance(value, fx.Node):
+                    # Else what computes it would be differentiated for nobody, from what has been
+                    # written. (AOTAutograd fails for some detached views of inputs, torch 2.13.)
                     new = detached[new] if new in detached else self._detach(new)
                     detached[self._get(value)] = new
                 if new not in extra:
