@@ -55,6 +55,8 @@ _LIKE |= {Tensor.new_tensor}
 def handle(func: Any, args: Any, kwargs: Any) -> Any:
     """Records or evaluates an op on deferred tensors; ``NotImplemented`` where neither is done."""
     result = _record(func, args, kwargs)
+    if result is NotImplemented and func in _MOVES:  # to another device
+        result = _read(func, args, kwargs)
     if result is NotImplemented and LOG.isEnabledFor(logging.INFO):
         leaves = pytree.tree_leaves((args, kwargs))
         opened = [x for x in leaves if type(x) is DeferredTensor and not x._formula.seen]
@@ -115,6 +117,7 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
 #: Ops that read numbers, of a tensor that nobody can write to by their result.
 _READS = {Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__bool__}
 _READS |= {Tensor.__format__, Tensor.__index__}
+_MOVES = {Tensor.cpu, Tensor.cuda, Tensor.to}
 
 
 def _read(func: Any, args: Any, kwargs: Any) -> Any:
@@ -125,7 +128,8 @@ def _read(func: Any, args: Any, kwargs: Any) -> Any:
     formula = x._formula
     if not isinstance(formula, StepFormula) or is_wide(x.shape, formula.root):
         return NotImplemented
-    value = evaluate(formula.step, formula.root.compiler, False)
+    wanted = func in _MOVES and torch.is_grad_enabled() and x.requires_grad
+    value = evaluate(formula.step, formula.root.compiler, wanted)
     return value if value is NotImplemented else func(value, *args[1:], **kwargs)
 
 

@@ -76,6 +76,16 @@ def test_fault_W_a_view_of_logits_outside_is_written_to(name: str, late: bool) -
     agree(program)
 
 
+def test_a_narrow_view_that_is_moved_computes_no_logits() -> None:
+    x, w, _ = data()
+    with collect() as reports:
+        z = compiled(F.linear)(x, w)
+        moved = z[:, 3].to("meta")
+    assert (moved.shape, moved.requires_grad, moved.device.type) == ((N,), True, "meta")
+    assert len(reports) == 2
+    assert type(z) is not Tensor
+
+
 @pytest.mark.parametrize("read", ["item", "tolist", "float", "format"])
 def test_a_narrow_view_is_read_in_chunks(read: str) -> None:
     reads: dict[str, Callable[[Tensor], Any]] = {
