@@ -20,6 +20,7 @@ from autochunk import (
     recording,  # noqa: F401
     runtime,
 )
+from autochunk.aliases import rejoined, separate
 from autochunk.autotune import autotune
 from autochunk.body import BodySpec, TensorSpec
 from autochunk.bounds import index_checking
@@ -113,7 +114,11 @@ def _compile(
     amplify: float = AMPLIFY,
 ) -> Callable[..., Any]:
     graph = next_graph()
-    made, failing = _make(gm, options, graph, required, amplify)
+    separated = None if required else _guarded(lambda: separate(gm))
+    aliases = None if isinstance(separated, Failure) else separated
+    made, failing = _make(aliases.gm if aliases else gm, options, graph, required, amplify)
+    if isinstance(separated, Failure):
+        made = separated
     compiled: Callable[..., Any] | Failure | None = None
     if isinstance(made, Failure):
         failure: Failure | None = made
@@ -123,6 +128,8 @@ def _compile(
         compiled = _guarded(functools.partial(_compile_rewritten, made, example_inputs, options))
         failure = compiled if isinstance(compiled, Failure) else None
         report = made.report
+        if callable(compiled) and aliases is not None:
+            compiled = rejoined(compiled, aliases)
     if failure is not None:
         report = Report(graph, (), failure=failure.text)
     if compiled is None or isinstance(compiled, Failure):

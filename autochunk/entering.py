@@ -46,16 +46,19 @@ def enter(gm: fx.GraphModule, compiler: Callable[..., Any]) -> Entered | None:
     Returns:
         None if no input is deferred, or if the graph is to be called with the logits' values.
     """
-    if not _has_deferred(gm):
-        return None
     memory = Memory.of(gm.graph)
-    views = _views_of_deferred(gm.graph)
-    reason = _refusal(gm, memory, views)
-    if reason is None:
-        return Entered(as_function(gm.graph), compiler, _is_dynamic(gm), split(gm.graph, views))
-    LOG.info("logits that enter a compiled function are computed: %s", reason)
-    if _writes_to_deferred(gm, memory):
-        # AOTAutograd does not compile a write to a tensor subclass that has a gradient.
+    if _has_deferred(gm):
+        views = _views_of_deferred(gm.graph)
+        reason = _refusal(gm, memory, views)
+        if reason is None:
+            function = as_function(gm.graph)
+            return Entered(function, compiler, _is_dynamic(gm), split(gm.graph, views))
+        LOG.info("logits that enter a compiled function are computed: %s", reason)
+    elif not any(map(_is_view, gm.graph.nodes)):
+        return None
+    if _writes_to_deferred(gm, memory) or any(map(_is_view, gm.graph.nodes)):
+        # AOTAutograd does not compile a write to a tensor subclass that has a gradient. And it
+        # would take the history that a view had before somebody wrote to the whole.
         function = gm if _has_attributes(gm) else as_function(gm.graph)
         return Entered(function, compiler, _is_dynamic(gm), with_values=True)
     return None
@@ -67,9 +70,20 @@ def _has_deferred(gm: fx.GraphModule) -> bool:
 
 
 def _is_deferred(node: fx.Node) -> bool:
+    example = _example(node)
+    return example is not None and is_open(example)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an input is a view of deferred logits, computed or not."""
+    example = _example(node)
+    return example is not None and getattr(example._formula, "is_view", False)
+
+
+def _example(node: fx.Node) -> DeferredTensor | None:
     argument = node.meta.get("grapharg") if node.op == "placeholder" else None
     example = argument.example if argument is not None else None
-    return type(example) is DeferredTensor and is_open(example)
+    return example if type(example) is DeferredTensor else None
 
 
 def _writes_to_deferred(gm: fx.GraphModule, memory: Memory) -> bool:
@@ -90,7 +104,7 @@ def _views_of_deferred(graph: fx.Graph) -> dict[int, fx.Node]:
 
 def _returned(graph: fx.Graph) -> Sequence[Any]:
     (output,) = (node for node in graph.nodes if node.op == "output")
-    return output.args[0]  # type: ignore[return-value]  # Dynamo's is a tuple
+    return output.args[0]  # Dynamo's is a tuple
 
 
 @dataclass(frozen=True)

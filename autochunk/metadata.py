@@ -50,6 +50,7 @@ class Shown:
         spec: What its results are in; None unless it is one tuple of tensors.
         is_single: Whether it has one, not in a tuple.
         is_view: Whether that is a view.
+        shares_memory: Whether that is a view, or a detached one, of what was deferred.
         returned: Position of the tensor that it returns as it is, or None.
     """
 
@@ -57,6 +58,7 @@ class Shown:
     spec: Any
     is_single: bool
     is_view: bool
+    shares_memory: bool
     returned: int | None
     refusal: str | None
 
@@ -123,6 +125,7 @@ def _shown(
             )
     is_single = isinstance(result, Tensor)
     same = [i for i, fake in enumerate(fakes) if is_single and result is fake]
+    given = {_memory(fakes[i]) for i in deferred}
     found, form = pytree.tree_flatten(result)
     is_tuple = isinstance(result, (tuple, list)) and all(isinstance(t, Tensor) for t in result)
     return Shown(
@@ -130,6 +133,7 @@ def _shown(
         spec=form if is_tuple else None,
         is_single=is_single,
         is_view=is_single and result._is_view(),
+        shares_memory=is_single and _memory(result) in given,
         returned=next(iter(same), None),
         refusal=watch.refusal,
     )

@@ -7,7 +7,8 @@ A functional op on deferred tensors whose result is as wide as the logits gives 
 with the op as its step. An op with a narrow result is *evaluated*: the formula of the logits, the
 steps and the op become the source of one function, which is compiled with this backend, where the
 head is chunked as if the model itself had returned the loss. What cannot be is computed from the
-values instead, and :func:`events` says so.
+values instead, and :func:`events` says so. A narrow *view* (``logits[:, 3]``) is recorded, for it
+may be written to; it is evaluated when its numbers are read.
 
 Autograd sees two ways from an evaluated result to the inputs of the formula. Normally the gradient
 goes there at once, as the chunked region computes it. If the logits themselves have been looked at
@@ -54,6 +55,8 @@ _LIKE |= {Tensor.new_tensor}
 def handle(func: Any, args: Any, kwargs: Any) -> Any:
     """Records or evaluates an op on deferred tensors; ``NotImplemented`` where neither is done."""
     result = _record(func, args, kwargs)
+    if result is NotImplemented and func in _MOVES:  # to another device
+        result = _read(func, args, kwargs)
     if result is NotImplemented and LOG.isEnabledFor(logging.INFO):
         leaves = pytree.tree_leaves((args, kwargs))
         opened = [x for x in leaves if type(x) is DeferredTensor and not x._formula.seen]
@@ -72,6 +75,8 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
         return func(stand_in, *args[1:], **kwargs)
     if func in _PIECES:
         return _PIECES[func](*args, **kwargs)
+    if func in _READS:
+        return _read(func, args, kwargs)
     spelling = spelling_of(func)
     if spelling is None or is_intercepted() or _writes(kwargs):
         return NotImplemented
@@ -97,7 +102,7 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = shown.tensors
     if not tensors or any(t.device != deferred_leaves[0].device for t in tensors):
         return NotImplemented
-    if not any(is_wide(t.shape, root) for t in tensors):
+    if not shown.shares_memory and not any(is_wide(t.shape, root) for t in tensors):
         wanted = step.grad and any(t.requires_grad for t in tensors)
         found = evaluate(step, root.compiler, wanted)
         return pytree.tree_map(claimed, found) if _claims(step, shown) else found
@@ -105,8 +110,27 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
         return _each_result(func, args, kwargs, shown)
     (one,) = tensors
     wanted = one.requires_grad and step.grad
-    formula = StepFormula(step, root, wanted, shown.is_view, _claims(step, shown))
+    formula = StepFormula(step, root, wanted, shown.shares_memory, _claims(step, shown))
     return make(formula, one.shape, one.strides, one, wanted)
+
+
+#: Ops that read numbers, of a tensor that nobody can write to by their result.
+_READS = {Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__bool__}
+_READS |= {Tensor.__format__, Tensor.__index__}
+_MOVES = {Tensor.cpu, Tensor.cuda, Tensor.to}
+
+
+def _read(func: Any, args: Any, kwargs: Any) -> Any:
+    """Reads a narrow view's numbers without the values of all the logits."""
+    x = args[0]
+    if type(x) is not DeferredTensor or is_intercepted() or not is_open(x):
+        return NotImplemented
+    formula = x._formula
+    if not isinstance(formula, StepFormula) or is_wide(x.shape, formula.root):
+        return NotImplemented
+    wanted = func in _MOVES and torch.is_grad_enabled() and x.requires_grad
+    value = evaluate(formula.step, formula.root.compiler, wanted)
+    return value if value is NotImplemented else func(value, *args[1:], **kwargs)
 
 
 def _claims(step: Step, shown: Shown) -> bool:

@@ -247,6 +247,37 @@ def test_fault_R1_what_mixes_merged_rows_is_named(name: str) -> None:
         assert "lambda z, y" in row.refusal.source
 
 
+@pytest.mark.usefixtures("no_codegen")
+@pytest.mark.parametrize("merge", ["before", "behind"])
+def test_fault_R1_nothing_of_merged_rows(merge: str) -> None:
+    """A fallback: ZeroDivisionError."""
+
+    def function(x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
+        z = stacked(x, weights, 1)
+        nothing = z[:, :, :0].flatten(0, 1) if merge == "before" else z.view(-1, V)[:0]
+        return F.cross_entropy(z.view(-1, V), y.view(-1)) + nothing.logsumexp(-1).sum()
+
+    inputs = data_of(_flattened)
+    actual = run(compiled(function), inputs)
+    check(actual, run(function, inputs), run(function, widened(inputs)), torch.float32)
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_fault_R1_a_number_of_all_merged_rows_is_broadcast() -> None:
+    """Its dimension of one element, reduced from merged ones, lines up with all rows."""
+
+    def function(x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
+        z = stacked(x, weights, 1).view(-1, V)
+        return (z - z.mean((0, 1), keepdim=True)).square().mean()
+
+    x, y, *weights = data_of(_flattened)
+    with collect() as reports:
+        actual = run(compiled(function), [x, y, *weights])
+    exact = run(function, widened([x, y, *weights]))
+    check(actual, run(function, [x, y, *weights]), exact, torch.float32)
+    assert {row.refusal.code for row in reports[0].rows if row.refusal} == {"two-pass"}
+
+
 # ---- R2: heads that are no linear ------------------------------------------------------------
 
 

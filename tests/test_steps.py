@@ -44,6 +44,24 @@ REGRESSIONS = {
         loss=("s4",),
         steps=((12, "inference"),),
     ),
+    # Fault U: the row was a copy.
+    "a row written to behind a graph break": Step(
+        forward=(
+            "q3 = self.second(opaque(x))",
+            "z4 = q3.reshape(-1, V)",
+            "z7 = torch.where(k[:, None], z4, z4)",
+            "s9 = z7.mean()",
+        ),
+        outside=(
+            "r10 = F.kl_div(z4.log_softmax(-1), t.softmax(-1), reduction='none').sum(-1)",
+            "z7[1].mul_(0.5)",
+            "r11 = F.kl_div(z7.log_softmax(-1), t.softmax(-1), reduction='none').sum(-1)",
+        ),
+        loss=("s9",),
+        seen=("r11",),
+        unit="step",
+        x_grad=False,
+    ),
     # Fault A: the logits were deferred without a gradient.
     "a loss outside of a reentrant checkpoint": Step(
         forward=("q1 = self.head(x)", "z2 = q1.reshape(-1, V)"),
