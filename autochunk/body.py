@@ -48,6 +48,10 @@ from autochunk.layout import transpose_buffers
 
 aten = torch.ops.aten
 
+_COMPARISONS = frozenset(
+    getattr(aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge")
+)
+
 #: The smallest number of rows a kernel with symbolic rows is run with (sizes 0 and 1 are special
 #: to the compiler).
 MIN_SYMBOLIC_ROWS = 2
@@ -164,30 +168,34 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool, overwrite: bool =
     """
     shape_env = ShapeEnv()
     fake_mode = FakeTensorMode(shape_env=shape_env)
+    n_inputs = len(spec.rows) + len(spec.shared)
+    inputs = _fakes(spec, fake_mode, shape_env, cotangents=grads)
+    with torch._C._DisableAutocast(), torch.no_grad(), fake_mode:
+        bitwise = not grads or _compares(spec.body, inputs[:n_inputs])
     with (
         torch._C._DisableAutocast(),
         tracing(TracingContext(fake_mode)),
         V.set_fake_mode(fake_mode),
-        inductor_config.patch(_inductor_config(spec)),
+        inductor_config.patch(_inductor_config(spec, bitwise)),
     ):
-        inputs = _fakes(spec, fake_mode, shape_env, cotangents=grads)
         function = _function(spec, values=values, grads=grads)
         ours: dict[Any, Callable[..., Any]] = {}
         if spec.checked:
             ours[aten.scatter_add.default] = scatter_compared
         gm = _trace(function, inputs, fake_mode, ours)
-        if not hoist_gathers(gm, fake_mode) and spec.checked:
+        if not hoist_gathers(gm, fake_mode, bitwise) and spec.checked:
             ours[aten.gather.default] = gather_masked
             gm = _trace(function, inputs, fake_mode, ours)
         if spec.checked:
             simplify_masked_sums(gm)
         n_values = len(spec.outputs) if values else 0
         n_row_grads = len(spec.row_grads) if grads else 0
-        n_inputs = len(spec.rows) + len(spec.shared)
         heads, gradients = _peel(gm, n_inputs, n_values, overwrite)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         buffers = placeholders[len(placeholders) - len(heads) :]
-        transposed = transpose_buffers(gm, buffers, fake_mode)
+        # A product rounds as its layout has it, and values that several kernels make of the same
+        # logits are compared with each other.
+        transposed = not bitwise and transpose_buffers(gm, buffers, fake_mode)
         check_writes(gm.graph, buffers)
         inputs = [p.meta["val"] for p in placeholders]
         graph = gm.print_readable(print_output=False)
@@ -246,13 +254,34 @@ def _trace(
     return joint_graph_passes(gm)
 
 
-def _inductor_config(spec: BodySpec) -> dict[str, Any]:
+class _Comparisons(fx.Interpreter):
+    """Runs a body on fake tensors and notes whether it compares floating-point tensors."""
+
+    found = False
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _COMPARISONS:
+            self.found |= all(t.is_floating_point() for t in args)
+        return super().call_function(target, args, kwargs)
+
+
+def _compares(body: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> bool:
+    comparisons = _Comparisons(body)
+    comparisons.run(*inputs)
+    return comparisons.found
+
+
+def _inductor_config(spec: BodySpec, bitwise: bool) -> dict[str, Any]:
     # A kernel that overwrites its input is no graph of its own; the outer graph may be one.
     patches = {**spec.inductor, "triton.cudagraphs": False}
     if spec.checked and spec.device.type == "cpu":
         # Checked indices raise an error that names them before the loop; the assertion in a CPU
         # kernel would abort the process.
         patches["assert_indirect_indexing"] = False
+    if bitwise:
+        # ``logits == logits.amax(-1, keepdim=True)`` in half precision: Inductor rounds what a
+        # kernel returns and what it realizes, and compares it with what it has not rounded.
+        patches["emulate_precision_casts"] = True
     return patches
 
 

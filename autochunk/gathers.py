@@ -34,12 +34,36 @@ _MAX_COMPARED = 4
 _REALIZE = torch.ops._inductor_test.realize.default
 
 
-def hoist_gathers(gm: fx.GraphModule, fake_mode: FakeTensorMode) -> bool:
+#: Elementwise ops that IEEE 754 rounds correctly: vectorised code and scalar code give the same.
+_ROUNDED_CORRECTLY = frozenset(
+    {
+        torch.ops.prims.convert_element_type.default,
+        aten.add.Tensor,
+        aten.add.Scalar,
+        aten.clamp.default,
+        aten.clone.default,
+        aten.div.Scalar,
+        aten.div.Tensor,
+        aten.maximum.default,
+        aten.minimum.default,
+        aten.mul.Scalar,
+        aten.mul.Tensor,
+        aten.neg.default,
+        aten.sub.Scalar,
+        aten.sub.Tensor,
+        aten.where.self,
+    }
+)
+
+
+def hoist_gathers(gm: fx.GraphModule, fake_mode: FakeTensorMode, bitwise: bool = False) -> bool:
     """Moves gathers before the elementwise ops that they read, as far as products and inputs.
 
     Args:
         gm: The traced body, modified.
         fake_mode: Of its values.
+        bitwise: What is picked must equal the picked element to the last bit: a gather then moves
+            before no op whose vectorised code may round differently than its scalar code (tanh).
 
     Returns:
         Whether no gather is left that reads a computed value.
@@ -52,7 +76,8 @@ def hoist_gathers(gm: fx.GraphModule, fake_mode: FakeTensorMode) -> bool:
             if not _is_input(node.args[0]):
                 _realize(node)
             continue
-        picked = _Hoist(node, fake_mode).value(node.args[0]) if _picks_few(node) else None
+        hoist = _Hoist(node, fake_mode, bitwise)
+        picked = hoist.value(node.args[0]) if _picks_few(node) else None
         if picked is None:
             everything = False
         else:
@@ -72,9 +97,10 @@ def _picks_few(gather: fx.Node) -> bool:
 class _Hoist:
     """One gather on its way up; ``value`` gives what it picks of a node, or None."""
 
-    def __init__(self, gather: fx.Node, fake_mode: FakeTensorMode) -> None:
+    def __init__(self, gather: fx.Node, fake_mode: FakeTensorMode, bitwise: bool) -> None:
         self.gather = gather
         self.fake_mode = fake_mode
+        self.bitwise = bitwise
         wide, dim, self.index = gather.args[:3]
         self.shape = wide.meta["val"].shape
         self.dim = dim % len(self.shape)
@@ -98,7 +124,7 @@ class _Hoist:
         if _is_source(node):
             picked = self._emit(aten.gather.default, node, self.dim, self.index)
             return picked if _is_input(node) else _realize(picked)
-        if not is_elementwise(node):
+        if not is_elementwise(node) or (self.bitwise and node.target not in _ROUNDED_CORRECTLY):
             return None
         parts = [self.value(a) for a in node.args]
         if any(new is None and old is not None for new, old in zip(parts, node.args, strict=True)):

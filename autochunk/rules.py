@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autochunk import extrema
 from autochunk.decompositions import REDUCING_LOSSES
-from autochunk.find import hint, is_differentiable
+from autochunk.find import hint, is_differentiable, is_marked_dynamic
 from autochunk.types import RowValue, Split
 
 if TYPE_CHECKING:
@@ -580,17 +580,16 @@ def places_in_rows(walk: Walk, x: RowValue, dim: int, places: fx.Node) -> fx.Nod
     does not compile (torch 2.13).
     """
     (stored,) = stored_dims(x, [dim])
-    size, count = x.shape[dim], places.meta["val"].shape[0]
-    features = [count if at + 1 == stored else f for at, f in enumerate(x.features)]
-    if not all(isinstance(f, int) for f in (size, *features)):
-        raise Boundary("no-rule", "features of a symbolic size are indexed")
+    size = _static(x.shape[dim])
     if places.meta["val"].dtype == torch.bool:
         raise Boundary("no-rule", "features are indexed by a mask")
     from_end = walk.emit(aten.add.Scalar, places, size)
     wrapped = walk.emit(aten.where.self, walk.emit(aten.lt.Scalar, places, 0), from_end, places)
-    viewed = walk.emit(aten.view.default, wrapped, [count, *[1] * (len(features) - stored)])
+    for _ in x.features[stored:]:
+        wrapped = walk.emit(aten.unsqueeze.default, wrapped, -1)
     rows = walk.emit(aten.sym_size.int, x.node, 0)
-    return walk.emit(aten.expand.default, viewed, [rows, *features])
+    others = [-1 if at + 1 == stored else _static(f) for at, f in enumerate(x.features)]
+    return walk.emit(aten.expand.default, wrapped, [rows, *others])
 
 
 def picks_one_feature(x: RowValue, indices: Sequence[Any]) -> bool:
@@ -633,7 +632,7 @@ def labels_of(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> fx.Nod
     if labels_val.dtype == torch.bool or labels_val.dim() > n_rows:
         raise Boundary("misaligned", "labels are not one index per row")
     picked = walk.outer_operand(labels, (True,) * n_rows, x, whole=True)
-    size = x.shape[n_rows]
+    size = _static(x.shape[n_rows])
     walk.note_index(picked, size, wraps=True, node=node)
     wrapped = walk.emit(
         aten.where.self,
@@ -642,6 +641,14 @@ def labels_of(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> fx.Nod
         picked,
     )
     return walk.view(wrapped, [1])
+
+
+def _static(features: Any) -> int:
+    """A number of features, specialised: everything but the rows is static in a kernel."""
+    if is_marked_dynamic(features):
+        detail = "features whose number is marked as dynamic (mark_dynamic) are indexed"
+        raise Boundary("dynamic-features", detail)
+    return int(features)
 
 
 def is_iota_of(index: fx.Node, dim: int, row_shape: Sequence[Any]) -> bool:

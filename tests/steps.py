@@ -459,7 +459,8 @@ def _draw(dice: random.Random) -> Step | None:
     lengths = dice.choice([(length,) * 3, (length, length, 13), (12, 16, 24), (length,) * 2])
     modes = [dice.choice(["train"] * 6 + ["no_grad", "inference"]) for _ in lengths]
     # Autograd takes a buffer that a reentrant checkpoint returns for its result: it never ends.
-    plain = not any(line[0] == "p" or ("self." in line and "_(" in line) for line in forward)
+    plain = not any("self." in line and "_(" in line for line in forward)
+    plain &= not any(name[0] == "p" for name in _defined(forward))
     return _tidy(
         Step(
             forward=tuple(forward),

@@ -325,7 +325,7 @@ def two_heads(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, extra_VH: Tensor) -> Tens
 
 
 #: Functions of the backend that work on one head or on several.
-STAGES = ("refuse_to_lower", "lower", "lift", "cotangents", "plan", "_build", "rewrite")
+STAGES = ("refuse_to_lower", "lower", "lift_unmerged", "cotangents", "plan", "_build", "rewrite")
 
 
 def _fail_at(head: str, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def _fail_at(head: str, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(argument, (list, tuple)):
             return any(map(concerns, argument))
         if isinstance(argument, autochunk.types.Lowered):
-            return stage in ("lift", "rewrite") and concerns(list(argument.heads.values()))
+            return stage in ("lift_unmerged", "rewrite") and concerns(list(argument.heads.values()))
         if isinstance(argument, autochunk.rewrite.Scheduled):
             argument = argument.region
         if isinstance(argument, autochunk.types.Region):
