@@ -877,16 +877,27 @@ def _campaign(arguments: argparse.Namespace) -> int:
             if steps >= arguments.steps or time.monotonic() > until:
                 child.kill()
         if child.wait() and begun is not None and time.monotonic() < until:
-            kinds["crash"] += 1
-            causes[f"crash: exit status {child.returncode}"].append(begun["seed"])
-            _keep(arguments.out, begun, {"cause": "crash", "detail": str(child.returncode)})
-            seed = begun["seed"] + 1
+            seed = begun["seed"]
+            plain = [sys.executable, __file__, "--plain", str(seed), *["--quick"] * arguments.quick]
+            died = subprocess.run(plain, stdout=subprocess.DEVNULL, check=False).returncode != 0
+            kinds["inductor" if died else "crash"] += 1
+            causes[f"crash: exit status {child.returncode}, Inductor's: {died}"].append(seed)
+            if not died:
+                _keep(arguments.out, begun, {"cause": "crash", "detail": str(child.returncode)})
+            seed += 1
     print(f"{kinds.total()} programs, {steps} steps: {dict(kinds.most_common())}")
     print("heads:", ", ".join(f"{name} {n}" for name, n in heads.most_common()))
     for cause, seeds in sorted(causes.items(), key=lambda item: -len(item[1])):
         print(f"{len(seeds):4} {cause}   --shrink {seeds[0]}; seeds {seeds[:6]}")
     failed = sum(kinds[kind] for kind in ("wrong", "raises", "fallback", "crash"))
     return int(failed > 0)
+
+
+def _plain(arguments: argparse.Namespace) -> int:
+    """Whether plain Inductor fails, too; a crash says so by itself."""
+    step = draw(arguments.plain)
+    backend = "aot_eager" if arguments.quick else "inductor"
+    return int(_compiled(step, backend, getattr(torch, step.dtype)).error is not None)
 
 
 def _keep(folder: Path, begun: dict[str, Any], line: dict[str, Any]) -> None:
@@ -905,12 +916,15 @@ def main() -> int:
     parser.add_argument("--shrink", type=int, metavar="SEED", help="shrink one failure, print it")
     parser.add_argument("--show", type=int, metavar="SEED", help="print a program")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, default=40, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.show is not None:
         print(draw(arguments.show).render())
     elif arguments.shrink is not None:
         _shrink_one(arguments)
+    elif arguments.plain is not None:
+        return _plain(arguments)
     elif arguments.work:
         _work(arguments)
     else:
