@@ -17,6 +17,7 @@ inside the op that runs the loop.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,30 @@ aten = torch.ops.aten
 
 _COMPARISONS = frozenset(
     getattr(aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge")
+)
+
+#: Their results are elements of their argument, or where they are.
+_PICKS = frozenset(
+    getattr(aten, name)
+    for name in (
+        *("gather", "index", "index_select", "select", "slice", "topk", "sort", "kthvalue"),
+        *("amax", "amin", "max", "min", "argmax", "argmin", "median", "mode"),
+    )
+)
+
+#: Their results are all elements of their argument.
+_PASS_ON = frozenset(
+    {
+        operator.getitem,
+        aten.alias.default,
+        aten.clone.default,
+        aten.detach.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.view.default,
+    }
 )
 
 #: The smallest number of rows a kernel with symbolic rows is run with (sizes 0 and 1 are special
@@ -171,7 +196,7 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool, overwrite: bool =
     n_inputs = len(spec.rows) + len(spec.shared)
     inputs = _fakes(spec, fake_mode, shape_env, cotangents=grads)
     with torch._C._DisableAutocast(), torch.no_grad(), fake_mode:
-        bitwise = not grads or _compares(spec.body, inputs[:n_inputs])
+        bitwise = (not grads and _picks(spec.body)) or _compares(spec.body, inputs[:n_inputs])
     with (
         torch._C._DisableAutocast(),
         tracing(TracingContext(fake_mode)),
@@ -252,6 +277,17 @@ def _trace(
         gm = make_fx(function, decomposition_table=table, tracing_mode="real")(*inputs)
         gm = functionalised(gm, inputs, table)
     return joint_graph_passes(gm)
+
+
+def _picks(body: fx.GraphModule) -> bool:
+    """Whether an output is some of the values themselves, which may be compared with the rest."""
+    (outputs,) = body.graph.output_node().args
+    for node in outputs:
+        while isinstance(node, fx.Node) and node.target in _PASS_ON:
+            node = node.args[0]
+        if isinstance(node, fx.Node) and getattr(node.target, "overloadpacket", None) in _PICKS:
+            return True
+    return False
 
 
 class _Comparisons(fx.Interpreter):
