@@ -208,8 +208,9 @@ def _compile_rewritten(
     if rewritten is None:
         return None
     if made.interpreted:
-        return rewritten.gm.forward
-    compiled = _inductor_with_regions(rewritten.gm, example_inputs, options)
+        compiled: Callable[..., Any] = rewritten.gm.forward
+    else:
+        compiled = _inductor_with_regions(rewritten.gm, example_inputs, options)
     again = functools.partial(
         _compile, options=replace(options, min_bytes=0), required=True, amplify=1
     )
