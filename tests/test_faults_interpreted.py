@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import autochunk
 from autochunk.deferred import DeferredTensor
 
 H, V, N = 8, 96, 24
