@@ -583,8 +583,7 @@ def places_in_rows(walk: Walk, x: RowValue, dim: int, places: fx.Node) -> fx.Nod
     size = _static(x.shape[dim])
     if places.meta["val"].dtype == torch.bool:
         raise Boundary("no-rule", "features are indexed by a mask")
-    from_end = walk.emit(aten.add.Scalar, places, size)
-    wrapped = walk.emit(aten.where.self, walk.emit(aten.lt.Scalar, places, 0), from_end, places)
+    wrapped = _from_the_start(walk, places, size)
     for _ in x.features[stored:]:
         wrapped = walk.emit(aten.unsqueeze.default, wrapped, -1)
     rows = walk.emit(aten.sym_size.int, x.node, 0)
@@ -634,13 +633,13 @@ def labels_of(walk: Walk, node: fx.Node, x: RowValue, labels: fx.Node) -> fx.Nod
     picked = walk.outer_operand(labels, (True,) * n_rows, x, whole=True)
     size = _static(x.shape[n_rows])
     walk.note_index(picked, size, wraps=True, node=node)
-    wrapped = walk.emit(
-        aten.where.self,
-        walk.emit(aten.lt.Scalar, picked, 0),
-        walk.emit(aten.add.Scalar, picked, size),
-        picked,
-    )
-    return walk.view(wrapped, [1])
+    return walk.view(_from_the_start(walk, picked, size), [1])
+
+
+def _from_the_start(walk: Walk, index: fx.Node, size: int) -> fx.Node:
+    """An index whose negative numbers count from the end of ``size``, without such numbers."""
+    is_negative = walk.emit(aten.lt.Scalar, index, 0)
+    return walk.emit(aten.where.self, is_negative, walk.emit(aten.add.Scalar, index, size), index)
 
 
 def _static(features: Any) -> int:

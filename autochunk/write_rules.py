@@ -9,7 +9,7 @@ z[:, banned] = -1e4; z[arange(N), labels] -= margin      index_put
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -62,7 +62,7 @@ def _feature_scatter(walk: Walk, node: fx.Node) -> RowValue:
 @register("along features", [aten.index_fill.int_Scalar, aten.index_fill.int_Tensor])
 def _index_fill(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
-    x, dim, places = _at_features(walk, node)
+    x, dim, places = _at_features(walk, node, bound)
     walk.note_index(places, x.shape[dim], wraps=True, node=node)
     if bound["value"] in walk.env:
         raise Boundary("no-rule", "features are filled with a number computed from the logits")
@@ -75,7 +75,7 @@ def _index_fill(walk: Walk, node: fx.Node) -> RowValue:
 @register("along features", [aten.index_copy.default, aten.index_add.default])
 def _index_write(walk: Walk, node: fx.Node) -> RowValue:
     bound = bind(node)
-    x, dim, places = _at_features(walk, node)
+    x, dim, places = _at_features(walk, node, bound)
     walk.note_index(places, x.shape[dim], wraps=False, node=node)
     if bound.get("alpha", 1) != 1:
         raise Boundary("no-rule", "index_add with a factor")
@@ -83,9 +83,8 @@ def _index_write(walk: Walk, node: fx.Node) -> RowValue:
     return _written_at(walk, node, x, dim, places, bound["source"], adds)
 
 
-def _at_features(walk: Walk, node: fx.Node) -> tuple[RowValue, int, fx.Node]:
+def _at_features(walk: Walk, node: fx.Node, bound: dict[str, Any]) -> tuple[RowValue, int, fx.Node]:
     """What is written to, the dimension, and the places along it."""
-    bound = bind(node)
     x = walk.row_argument(node, bound["self"])
     (dim,) = dims_of(bound["dim"], len(x.is_row))
     if x.is_row[dim]:
