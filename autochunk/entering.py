@@ -46,17 +46,18 @@ def enter(gm: fx.GraphModule, compiler: Callable[..., Any]) -> Entered | None:
     Returns:
         None if no input is deferred, or if the graph is to be called with the logits' values.
     """
+    has_deferred, has_views = _has_deferred(gm), any(map(_is_view, gm.graph.nodes))
+    if not has_deferred and not has_views:
+        return None
     memory = Memory.of(gm.graph)
-    if _has_deferred(gm):
+    if has_deferred:
         views = _views_of_deferred(gm.graph)
         reason = _refusal(gm, memory, views)
         if reason is None:
             function = as_function(gm.graph)
             return Entered(function, compiler, _is_dynamic(gm), split(gm.graph, views))
         LOG.info("logits that enter a compiled function are computed: %s", reason)
-    elif not any(map(_is_view, gm.graph.nodes)):
-        return None
-    if _writes_to_deferred(gm, memory) or any(map(_is_view, gm.graph.nodes)):
+    if has_views or _writes_to_deferred(gm, memory):
         # AOTAutograd does not compile a write to a tensor subclass that has a gradient. And it
         # would take the history that a view had before somebody wrote to the whole.
         function = gm if _has_attributes(gm) else as_function(gm.graph)
@@ -103,8 +104,7 @@ def _views_of_deferred(graph: fx.Graph) -> dict[int, fx.Node]:
 
 
 def _returned(graph: fx.Graph) -> Sequence[Any]:
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    return output.args[0]  # Dynamo's is a tuple
+    return graph.output_node().args[0]  # Dynamo's is a tuple
 
 
 @dataclass(frozen=True)
