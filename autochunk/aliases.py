@@ -52,8 +52,7 @@ class Aliases:
 def separate(gm: fx.GraphModule) -> Aliases | None:
     """A graph without those of its outputs that are views of another's memory; None: no such."""
     graph = gm.graph
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    outputs = tuple(output.args[0])
+    outputs = tuple(graph.output_node().args[0])
     views: dict[fx.Node, set[fx.Node]] = {}  # with the calls that make them
     owners: dict[fx.Node, None] = {}
     for owner, members in _groups(graph, outputs).items():

@@ -390,7 +390,7 @@ def _peel(
     """Takes the first and last products out of the graph (step 3 above)."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     inputs = {node: i for i, node in enumerate(placeholders[:n_inputs])}
-    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    output = gm.graph.output_node()
     results = list(output.args[0])
     heads, buffers = _peel_heads(gm, placeholders[-1], inputs)
     kept = results[:n_values]

@@ -241,7 +241,7 @@ def _take_writes(gm: fx.GraphModule, inside: Inside) -> tuple[fx.Node, ...]:
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     sources = dict(zip(placeholders, inside.inputs, strict=True))
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    output = gm.graph.output_node()
     writes, values = [], []
     for node in list(gm.graph.nodes):
         if node.target is aten.copy_.default and node.args[0] in sources:

@@ -164,7 +164,7 @@ class _Writer:
         self.trace: str | None = None
 
     def write(self) -> Rewritten:
-        (output,) = (n for n in self.gm.graph.nodes if n.op == "output")
+        output = self.gm.graph.output_node()
         for node in self.gm.graph.nodes:
             if node.op != "output" and node not in self.lowered.cone:
                 self.from_dynamo[node] = self.new.node_copy(node, self.from_dynamo.__getitem__)
@@ -395,7 +395,7 @@ class _Writer:
 
     def _recording_at_end(self) -> bool:
         """Whether autograd records where the cone now runs, behind everything else."""
-        (output,) = (node for node in self.gm.graph.nodes if node.op == "output")
+        output = self.gm.graph.output_node()
         return recording_of(self.gm.graph)[output]
 
     def _write_back(self, records: bool) -> None:

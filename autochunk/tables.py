@@ -73,7 +73,7 @@ def with_tables(region: Region) -> Region:
     for node in region.body.graph.nodes:
         if node.op == "call_function":
             env[node] = new.node_copy(node, env.__getitem__)
-    (output,) = (n for n in region.body.graph.nodes if n.op == "output")
+    output = region.body.graph.output_node()
     new.output(tuple(env[n] for n in output.args[0]))
     new.lint()
     kept = [i for i in range(n_rows) if i not in tables]

@@ -101,7 +101,7 @@ def _reached(
     lowered: Lowered, lifted: Lifted, region: Region, without: fx.Node | None
 ) -> set[fx.Node]:
     """Graph outputs that gradients connect to a region, on paths that avoid ``without``."""
-    (output,) = (n for n in lowered.graph.graph.nodes if n.op == "output")
+    output = lowered.graph.graph.output_node()
     returned = set(output.all_input_nodes)
     tail = set(lifted.tail)
     found = {

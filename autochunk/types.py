@@ -174,7 +174,7 @@ class Lowered:
     @property
     def results(self) -> tuple[Any, ...]:
         """The values of ``outputs`` and of ``writes``."""
-        (output,) = (node for node in self.graph.graph.nodes if node.op == "output")
+        output = self.graph.graph.output_node()
         return tuple(output.args[0])
 
     @property

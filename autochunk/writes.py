@@ -66,7 +66,7 @@ def inside_of(
     writing = [node for node in graph.nodes if node in nodes and memory.access(node).writes]
     written = frozenset().union(*(memory.access(node).writes for node in writing))
     foreign = {s for s in written if memory.base(s) not in nodes}
-    (output,) = (node for node in graph.nodes if node.op == "output")
+    output = graph.output_node()
     outputs = tuple(node for node in output.all_input_nodes if _leaves(node, memory, cone, foreign))
     same: dict[fx.Node, fx.Node] = {}
     stack = [arg for node in nodes for arg in node.all_input_nodes]
