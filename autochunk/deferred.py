@@ -13,7 +13,8 @@ Terms
 
 How each caller gets the value
     Python          ``__torch_function__`` computes it and swaps the wrapper's innards for
-                    ``plain``'s before the function runs.
+                    ``plain``'s before the function runs. A view that a loss was computed from is
+                    swapped for one that autograd knows as a view when it is modified.
     C++             (custom autograd Functions, TorchScript, extensions) has recorded the wrapper
                     in the autograd graph already, whose gradient flows on to ``plain``;
                     ``__torch_dispatch__`` then puts the value in its place.
@@ -138,6 +139,15 @@ class DeferredTensor(Tensor):
         Raises:
             StaleError: if an input was modified in place since.
         """
+        return self._become(written=True)
+
+    @never_compiled
+    def _become(self, written: bool) -> Tensor:
+        """Computes the value for a use; ``written``: whether that modifies it in place.
+
+        A view whose place in the autograd graph is that of ``plain`` stays a wrapper until then: it
+        is no view to autograd, and must be one when it is modified.
+        """
         with _LOCK:
             if type(self) is not DeferredTensor:  # another thread was faster
                 return self
@@ -147,7 +157,11 @@ class DeferredTensor(Tensor):
             formula.seen = True
             if self.is_shared_with_cpp():
                 return self._with_history(self._value)
-            value = self._with_history(formula.ordinary(self._plain))
+            ordinary = formula.ordinary(self._plain, written)
+            value = self._with_history(ordinary)
+            retained = self._plain.retains_grad
+            if formula.is_view and not written and (ordinary is self._plain or retained):
+                return value
             try:
                 torch._C._swap_tensor_impl(self, value)
             except RuntimeError:  # C++ code holds a weak reference
@@ -156,6 +170,8 @@ class DeferredTensor(Tensor):
             self.__dict__.pop("_expanded", None)
             self.__dict__.pop("_token", None)
             self.__class__ = Tensor
+            if retained and not self.retains_grad:
+                self.retain_grad()
             return self
 
     @never_compiled
@@ -196,12 +212,16 @@ class DeferredTensor(Tensor):
             # Who hooks the logits, or the node that makes them, wants their gradient.
             args[0]._formula.seen |= _AUTOGRAD[func]
             return func(args[0]._plain, *args[1:], **kwargs or {})
+        if func == Tensor.grad.__get__ and args[0]._plain.retains_grad:
+            return args[0]._plain.grad
         with _LOCK:
             result = on_use(func, args, kwargs or {})
         if result is not NotImplemented:
             return result
+        for written in _written(func, args, kwargs or {}):
+            written._become(written=True)
         args, kwargs = pytree.tree_map_only(
-            DeferredTensor, DeferredTensor.materialize, (args, kwargs or {})
+            DeferredTensor, lambda t: t._become(written=False), (args, kwargs or {})
         )
         return func(*args, **kwargs)
 
@@ -223,7 +243,7 @@ class DeferredTensor(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         if TracingContext.try_get() is not None:
             return f"DeferredTensor({self._plain!r})"
-        return repr(self.materialize())
+        return repr(self._become(written=False))
 
     # ---- what torch.compile needs to look inside
 
@@ -276,6 +296,16 @@ def _wrap(plain: Tensor, formula: Formula | None, strides: Sequence[int]) -> Def
     torch._C._set_throw_on_mutable_data_ptr(wrapper)
     wrapper._plain, wrapper._formula = plain, formula
     return wrapper
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[DeferredTensor]:
+    """Deferred tensors that a function modifies in place, by PyTorch's conventions for its name."""
+    name = getattr(func, "__name__", "")
+    ends_in_one = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    in_place = ends_in_one or name == "__setitem__" or kwargs.get("inplace")
+    found = args[:1] if in_place else ()
+    leaves = pytree.tree_leaves((found, kwargs.get("out")))
+    return [leaf for leaf in leaves if type(leaf) is DeferredTensor]
 
 
 def _refuse_writes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -331,9 +361,12 @@ class Formula:
         symbolic: Of each input, as in :func:`defer`.
         compiler: Compiles functions of the value, or None.
         claims: As in :func:`defer`.
+        is_view: No.
         seen: Whether the value has been looked at: its gradient may be asked for.
         kept: The value, computed before an input changed (``kept.py``); or None.
     """
+
+    is_view = False
 
     def __init__(
         self,
@@ -406,8 +439,8 @@ class Formula:
             plain.data = value.detach()
         self.filled = True
 
-    def ordinary(self, plain: Tensor) -> Tensor:
-        """The tensor that the wrapper becomes."""
+    def ordinary(self, plain: Tensor, written: bool = False) -> Tensor:
+        """The tensor that the wrapper becomes; ``written``: whether it is modified next."""
         self.fill(plain)
         return claimed(plain) if self.claims else plain
 

@@ -57,11 +57,12 @@ def enter(gm: fx.GraphModule, compiler: Callable[..., Any]) -> Entered | None:
             function = as_function(gm.graph)
             return Entered(function, compiler, _is_dynamic(gm), split(gm.graph, views))
         LOG.info("logits that enter a compiled function are computed: %s", reason)
-    if has_views or _writes_to_deferred(gm, memory):
+    written = _written(gm.graph, memory)
+    if has_views or written:
         # AOTAutograd does not compile a write to a tensor subclass that has a gradient. And it
         # would take the history that a view had before somebody wrote to the whole.
         function = gm if _has_attributes(gm) else as_function(gm.graph)
-        return Entered(function, compiler, _is_dynamic(gm), with_values=True)
+        return Entered(function, compiler, _is_dynamic(gm), with_values=True, written=written)
     return None
 
 
@@ -87,9 +88,15 @@ def _example(node: fx.Node) -> DeferredTensor | None:
     return example if type(example) is DeferredTensor else None
 
 
-def _writes_to_deferred(gm: fx.GraphModule, memory: Memory) -> bool:
-    given = [node for node in gm.graph.nodes if _is_deferred(node)]
-    return any(not memory.written.isdisjoint(storages(fake(node))) for node in given)
+def _written(graph: fx.Graph, memory: Memory) -> frozenset[int]:
+    """Positions of the inputs that are deferred tensors, computed or not, and are written to."""
+    given = [node for node in graph.nodes if node.op == "placeholder"]
+    return frozenset(
+        i
+        for i, node in enumerate(given)
+        if (_is_deferred(node) or _is_view(node))
+        and not memory.written.isdisjoint(storages(fake(node)))
+    )
 
 
 def _views_of_deferred(graph: fx.Graph) -> dict[int, fx.Node]:
@@ -215,7 +222,8 @@ def _line_of(node: fx.Node) -> tuple[str, int] | None:
 class Entered:
     """A compiled function that deferred logits are passed to.
 
-    With ``with_values`` it is always called with the logits' values.
+    With ``with_values`` it is always called with the logits' values. The graph writes to those of
+    its arguments whose positions are ``written``.
     """
 
     def __init__(
@@ -226,11 +234,13 @@ class Entered:
         parts: Parts | None = None,
         *,
         with_values: bool = False,
+        written: frozenset[int] = frozenset(),
     ) -> None:
         self._function = function
         self._dynamic = dynamic
         self._parts = parts
         self._with_values = with_values
+        self._written = written
         self._programs = Programs(functools.partial(compiler, required=True))
         alone = functools.partial(compiler, required=False)
         self._alone = torch.compile(function, backend=alone, fullgraph=True)
@@ -239,7 +249,10 @@ class Entered:
         found = NotImplemented if self._with_values else self._evaluate(args)
         if found is not NotImplemented:
             return found
-        values = [a.materialize() if type(a) is DeferredTensor else a for a in args]
+        values = [
+            a._become(i in self._written) if type(a) is DeferredTensor else a
+            for i, a in enumerate(args)
+        ]
         if not self._programs.is_usable():
             return self._function(*values)
         try:

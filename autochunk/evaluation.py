@@ -63,6 +63,12 @@ class Program:
     owner: Programs
     use: _Use
 
+    def copies(self, last: Step) -> dict[int, Tensor]:
+        """Of the tensors that its steps read, by ``id``."""
+        steps = [formula.step for formula in self.formulas if isinstance(formula, StepFormula)]
+        pairs = [(step, i) for step in (*steps, last) for i in step.copies]
+        return {id(step.leaves[i]): step.copies[i] for step, i in pairs}
+
     def call(self, tensors: Sequence[Tensor]) -> Any:
         """Runs it on ``others`` and ``own``, or aliases of them that nobody else has."""
         if self.static is not None:
@@ -382,6 +388,7 @@ def _run(program: Program, step: Step, needs_grad: bool) -> Any:
     if not needs_grad:
         with _alone(program), torch.no_grad():
             return program.call([t.detach() for t in tensors] if program.static else tensors)
+    step = step.with_copies()
     edges = [edge(step.leaves[i]) for i in step.deferred]
     kept: list[Any] = []
     outputs = _Evaluated.apply(program, step, kept, len(edges), *edges, *tensors)
@@ -408,7 +415,9 @@ class _Evaluated(torch.autograd.Function):
         ctx: Any, program: Program, step: Step, kept: list[Any], n_edges: int, *tensors: Tensor
     ) -> Any:
         tensors = tensors[n_edges:]
-        leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        copies = program.copies(step)
+        pairs = [(t, copies.get(id(t), t)) for t in (*program.others, *program.own)]
+        leaves = [value.detach().requires_grad_(t.requires_grad) for t, value in pairs]
         later = program.use.later
         results = NotImplemented if later is None else _without_gradients(program, tensors)
         is_later = results is not NotImplemented
@@ -424,7 +433,7 @@ class _Evaluated(torch.autograd.Function):
         # Gradients of numbers per row are computed in the backward pass in any case.
         is_loss = all(r.numel() == 1 for r, has in zip(found, have_grad, strict=True) if has)
         ctx.pending = _Pending(program.use, have_grad) if is_loss else None
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*(t for t, value in pairs if value is t))
         outputs = tuple(_fresh(result) for result in found)
         ctx.mark_non_differentiable(
             *(

@@ -40,6 +40,7 @@ from autochunk.steps import (
     dims_indexed,
     is_intercepted,
     is_open,
+    is_waiting_view,
     record,
     user_line,
 )
@@ -86,7 +87,8 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
     deferred_leaves = [leaf for leaf in leaves if type(leaf) is DeferredTensor]
     if not deferred_leaves or not all(map(_is_usable, leaves)):
         return NotImplemented
-    if not all(map(is_open, deferred_leaves)):
+    is_all_open = all(map(is_open, deferred_leaves))
+    if not is_all_open and not all(map(is_waiting_view, deferred_leaves)):
         return NotImplemented
     step = record(func, spelling, leaves, spec)
     root = step.root
@@ -96,6 +98,8 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if shown.returned is not None:
         return leaves[shown.returned]
+    if not is_all_open and not shown.shares_memory:
+        return NotImplemented
     if shown.refusal is not None:
         LOG.info("%s:%s: cannot be chunked: %s", *step.line, shown.refusal)
         return NotImplemented
@@ -110,7 +114,9 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
         return _each_result(func, args, kwargs, shown)
     (one,) = tensors
     wanted = one.requires_grad and step.grad
-    formula = StepFormula(step, root, wanted, shown.shares_memory, _claims(step, shown))
+    formula = StepFormula(
+        step.with_copies(), root, wanted, shown.shares_memory, _claims(step, shown)
+    )
     return make(formula, one.shape, one.strides, one, wanted)
 
 
@@ -195,7 +201,9 @@ def _pieces(whole: Callable[..., Sequence[Any]]) -> Callable[..., Any]:
 
     def cut(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else None
-        if type(x) is not DeferredTensor or is_intercepted() or not is_open(x) or x.dim() < 2:
+        if type(x) is not DeferredTensor or is_intercepted() or x.dim() < 2:
+            return NotImplemented
+        if not is_open(x) and not is_waiting_view(x):
             return NotImplemented
         try:
             indices = whole(x.shape, *args[1:], **kwargs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autochunk.deferred import DeferredTensor, Formula, StaleError, has_other_history
+
+
+#: What has this part of the logits' elements, or the square in number, is small.
+_SMALL = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +39,7 @@ class Step:
         line: ``(file, line)`` of the user's code.
         numbers: Types of its arguments that may be other ones in the next step of a training.
         dynamic: Whether its tensors may have other sizes then, as is known already.
+        copies: Of the other tensors, by position, where they are small.
     """
 
     func: Any
@@ -49,6 +55,17 @@ class Step:
     line: tuple[str, int]
     numbers: tuple[type, ...] = (float,)
     dynamic: bool = False
+    copies: dict[int, Tensor] = field(default_factory=dict)
+
+    def with_copies(self) -> Step:
+        """The step as it is remembered: what it reads may be modified in place later."""
+        most = max(self.root.numel // _SMALL, _SMALL**2)
+        copies = {
+            i: self.leaves[i].detach().clone()
+            for i in self.tensors
+            if i not in self.deferred and self.leaves[i].numel() <= most
+        }
+        return dataclasses.replace(self, copies=copies)
 
     def call(self, leaves: Sequence[Any], grad: bool = True) -> Any:
         """Does it, in the modes of then."""
@@ -65,9 +82,15 @@ class Step:
         enabled, dtype = self.autocast
         return torch.autocast(self.device, dtype=dtype, enabled=enabled)
 
-    def changed(self) -> bool:
-        """Whether a tensor was modified in place since, those that were deferred left out."""
-        return self.versions != _versions(self.leaves, self.deferred)
+    def changed(self) -> list[int]:
+        """Positions of tensors that were modified in place since, without those deferred then."""
+        others = [i for i in self.tensors if i not in self.deferred]
+        pairs = zip(others, self.versions, strict=True)
+        return [i for i, version in pairs if _version(self.leaves[i]) != version]
+
+    def is_lost(self) -> bool:
+        """Whether the value of a tensor that it reads cannot be had any more."""
+        return any(i not in self.copies for i in self.changed())
 
     @property
     def root(self) -> Formula:
@@ -77,16 +100,18 @@ class Step:
 
     def originals(self) -> list[Any]:
         """Its arguments as they were, deferred ones in-place edits of which came later included."""
-        leaves = [_value(leaf) for leaf in self.leaves]
-        for i, formula in zip(self.deferred, self.formulas, strict=True):
-            if self.is_edited(i):
-                leaves[i] = formula.original()
-        return leaves
+        edited = {
+            i: formula.original()
+            for i, formula in zip(self.deferred, self.formulas, strict=True)
+            if self.is_edited(i)
+        }
+        known = self.copies | edited
+        return [known[i] if i in known else _value(leaf) for i, leaf in enumerate(self.leaves)]
 
     def is_edited(self, position: int) -> bool:
         """Whether an argument that was deferred, or what it is made of, was modified since."""
         leaf = self.leaves[position]
-        if type(leaf) is not DeferredTensor and not leaf.is_inference() and leaf._version > 0:
+        if _version(edge(leaf)) > 0:
             return True
         formula = self.formulas[self.deferred.index(position)]
         return isinstance(formula, StepFormula) and any(
@@ -128,11 +153,12 @@ def record(
 
 
 def _versions(leaves: Sequence[Any], deferred: Sequence[int]) -> tuple[int, ...]:
-    return tuple(
-        0 if leaf.is_inference() else leaf._version
-        for i, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor) and i not in deferred
-    )
+    others = [leaf for i, leaf in enumerate(leaves) if i not in deferred]
+    return tuple(_version(leaf) for leaf in others if isinstance(leaf, Tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def user_line() -> tuple[str, int]:
@@ -181,7 +207,8 @@ class StepFormula:
     def saved(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Those that must not be modified until the backward pass."""
         pairs = zip(self.step.tensors, tensors, strict=True)
-        return [tensor for i, tensor in pairs if i not in self.step.deferred]
+        known = {*self.step.deferred, *self.step.copies}
+        return [tensor for i, tensor in pairs if i not in known]
 
     def fill(self, plain: Tensor) -> None:
         """Gives ``plain`` its value, once."""
@@ -195,37 +222,52 @@ class StepFormula:
         """The value, without its history."""
         if self.kept is not None:
             return self.kept
-        self._check()
-        with self.root.ambient(), torch.no_grad():
-            leaves = [_value(leaf) for leaf in self.step.leaves]
-            return self.step.call(leaves, grad=False).detach()
+        if not self.is_view:
+            return self.original()
+        return self._called(list(map(_value, self.step.leaves)))
 
     def original(self) -> Tensor:
         """The value that it had at first, without its history."""
-        with self.root.ambient(), torch.no_grad():
-            return self.step.call(self.step.originals(), grad=False).detach()
+        return self._called(self.step.originals())
 
-    def ordinary(self, plain: Tensor) -> Tensor:
-        """The tensor that the wrapper becomes: with the history that eager PyTorch would give."""
-        # A view of what was modified has PyTorch make its history anew, too.
-        regenerated = self.is_view and any(map(self.step.is_edited, self.step.deferred))
+    def _called(self, leaves: Sequence[Any]) -> Tensor:
+        self._check()
+        with self.root.ambient(), torch.no_grad():
+            return self.step.call(leaves, grad=False).detach()
+
+    def ordinary(self, plain: Tensor, written: bool = False) -> Tensor:
+        """The tensor that the wrapper becomes: with the history that eager PyTorch would give.
+
+        Args:
+            written: Whether it is modified next.
+        """
+        edited = any(map(self.step.is_edited, self.step.deferred))
         if self.kept is None and self.is_view:  # of the memory of the whole
-            for i in self.step.deferred:
-                if type(self.step.leaves[i]) is DeferredTensor:
-                    self.step.leaves[i].materialize()
-        if self.kept is not None or self._history_changed() or (self.used and not regenerated):
+            wholes = [self.step.leaves[i] for i in self.step.deferred]
+            for whole in wholes:
+                if type(whole) is DeferredTensor:
+                    whole._become(written)
+            # A view that is modified, or whose whole is, has PyTorch make its history anew, too.
+            anew = edited or written
+            has_own = not anew and (self.used or any(type(x) is DeferredTensor for x in wholes))
+        else:
+            changed = edited or bool(self.step.changed())
+            has_own = self.kept is not None or self.used or changed
+        if has_own or self._history_changed():
             self.fill(plain)
             return plain
         self._check()
         leaves = list(self.step.leaves)
         for i in self.step.deferred:
             if type(leaves[i]) is DeferredTensor:
-                leaves[i] = leaves[i].materialize()
+                leaves[i] = leaves[i]._become(written)
         with torch.inference_mode(self.root.inference):
             return self.step.call(leaves)
 
     def _history_changed(self) -> bool:
         """Whether autograd would not record now what it would have recorded then."""
+        if not self.step.grad:
+            return False
         tensors = [self.step.leaves[i] for i in self.step.tensors]
         wanted = [tensor.requires_grad for tensor in tensors]
         # In PyTorch, too, a view of a tensor follows its ``requires_grad_()``.
@@ -241,15 +283,10 @@ class StepFormula:
         waiting = [p._formula for p in parents if type(p) is DeferredTensor]
         if self.kept is not None:
             return True
-        return not self._modified() and all(f.filled or f.is_fresh() for f in waiting)
-
-    def _modified(self) -> bool:
-        """Whether a tensor that the step itself reads was modified in place since."""
-        edited = any(map(self.step.is_edited, self.step.deferred))
-        return self.step.changed() or (edited and not self.is_view)
+        return not self.step.is_lost() and all(f.filled or f.is_fresh() for f in waiting)
 
     def _check(self) -> None:
-        if self._modified():
+        if self.step.is_lost():
             name = getattr(self.step.func, "__name__", str(self.step.func))
             raise StaleError(
                 f"autochunk: {name} at {':'.join(map(str, self.step.line))} was deferred, and a "
@@ -264,8 +301,8 @@ class StepFormula:
 
 
 _EDITED = (
-    "autochunk: a second derivative of a loss on logits that have been modified in place since; "
-    "modify a clone() of them"
+    "autochunk: a second derivative of a loss on logits that have been modified in place since, "
+    "or what it was made of; modify a clone()"
 )
 
 
@@ -292,13 +329,13 @@ def modes_of_backward(root: Formula) -> Iterator[None]:
 def gradients(step: Step, upstream: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
     """Gradients of a step's results with respect to the tensors among its leaves."""
     create_graph = torch.is_grad_enabled()
-    if create_graph and any(map(step.is_edited, step.deferred)):
+    if create_graph and (step.changed() or any(map(step.is_edited, step.deferred))):
         raise RuntimeError(_EDITED)
     leaves = list(step.leaves) if create_graph else step.originals()
     for i, want in zip(step.tensors, wanted, strict=True):
         if create_graph:
             leaf = leaves[i]
-            whole = leaf.materialize() if type(leaf) is DeferredTensor else leaf
+            whole = leaf._become(written=False) if type(leaf) is DeferredTensor else leaf
             leaves[i] = whole.view_as(whole)
         else:
             leaves[i] = leaves[i].detach().requires_grad_(want)
@@ -351,6 +388,26 @@ def is_open(tensor: DeferredTensor) -> bool:
     parents = [formula.step.leaves[i] for i in formula.step.deferred]
     return not formula.step.changed() and all(
         type(parent) is DeferredTensor and is_open(parent) for parent in parents
+    )
+
+
+def is_waiting_view(tensor: DeferredTensor) -> bool:
+    """Whether this view, or one that it is a view of, has been used, and is none to autograd yet.
+
+    Views of it wait, too: which history they have is known when one of them is modified.
+    """
+    formula = tensor._formula
+    if formula is None or not formula.is_view:
+        return False
+    if formula.root.inference or torch.is_inference_mode_enabled():
+        return False
+    if not tensor.is_own() or tensor.is_shared_with_cpp():
+        return False
+    wholes = [formula.step.leaves[i] for i in formula.step.deferred]
+    return (
+        formula.filled
+        or formula.used
+        or any(type(whole) is DeferredTensor and is_waiting_view(whole) for whole in wholes)
     )
 
 
