@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from autochunk.deferred import DeferredTensor, Formula, StaleError, has_other_history
 
-
 #: What has this part of the logits' elements, or the square in number, is small.
 _SMALL = 64
 
