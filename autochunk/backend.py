@@ -26,7 +26,7 @@ from autochunk.body import BodySpec, TensorSpec
 from autochunk.bounds import index_checking
 from autochunk.config import OptionError, Options
 from autochunk.deferred import defer, no_saved_tensors_hooks
-from autochunk.donation import donation_aware
+from autochunk.donation import donation_aware, undonated
 from autochunk.embedding import embedding_gradients
 from autochunk.entering import enter
 from autochunk.evaluation import Programs
@@ -125,7 +125,10 @@ def _compile(
     else:
         if required:
             _raise_refusal(made.report)
-        compiled = _guarded(functools.partial(_compile_rewritten, made, example_inputs, options))
+        with undonated(required):
+            compiled = _guarded(
+                functools.partial(_compile_rewritten, made, example_inputs, options)
+            )
         failure = compiled if isinstance(compiled, Failure) else None
         report = made.report
         if callable(compiled) and aliases is not None:
@@ -134,7 +137,8 @@ def _compile(
         report = Report(graph, (), failure=failure.text)
     if compiled is None or isinstance(compiled, Failure):
         # Not guarded: what plain Inductor raises, too, is no failure of a rewrite.
-        compiled = _inductor(gm, example_inputs, options)
+        with undonated(required):
+            compiled = _inductor(gm, example_inputs, options)
     if failure is not None and options.strict:
         raise failure.error
     if failure is not None:

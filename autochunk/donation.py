@@ -1,15 +1,20 @@
-"""Keeps Inductor's cache from mixing up backward graphs that donate different buffers.
+"""Donation: backward graphs that may overwrite what was saved for them, and so run only once.
 
-PyTorch's FX-graph cache key leaves out which inputs of a backward graph are donated (may be
-overwritten). A backward that was compiled with donation in one process can then be served to a
-graph of another process that calls ``backward(retain_graph=True)``, whose second backward is
-silently wrong (seen on 2.13 and 2.15, plain Inductor included). Our backward graphs are tiny and
-alike, so they would collide easily. The remedy is a pass that does nothing and whose ``uuid``,
-which is part of the key, names the donated inputs. Remove when the key includes them.
+A loss outside of the compiled function takes ``backward(retain_graph=True)``, as in eager PyTorch:
+what is compiled for it donates nothing (:func:`undonated`).
+
+Inductor's cache must not mix up backward graphs that donate different buffers. PyTorch's FX-graph
+cache key leaves out which inputs of a backward graph are donated. A backward that was compiled with
+donation in one process can then be served to a graph of another process that calls
+``backward(retain_graph=True)``, whose second backward is silently wrong (seen on 2.13 and 2.15,
+plain Inductor included). Our backward graphs are tiny and alike, so they would collide easily. The
+remedy is a pass that does nothing and whose ``uuid``, which is part of the key, names the donated
+inputs. Remove when the key includes them.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,3 +68,13 @@ class _NameDonated(OwnPass):
         context = torch._guards.TracingContext.try_get()
         metadata = context.fw_metadata if context is not None else None
         return tuple(getattr(metadata, "bw_donated_idxs", None) or ())
+
+
+def undonated(wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Nothing is donated, where ``wanted``: neither in what is compiled, nor in what is called.
+
+    The compiled function raises at ``retain_graph=True`` unless it is called with the setting, too.
+    """
+    if not wanted:
+        return contextlib.nullcontext()
+    return torch._functorch.config.patch(donated_buffer=False)

@@ -23,6 +23,7 @@ from autochunk.deferred import (
     no_gradients,
     no_saved_tensors_hooks,
 )
+from autochunk.donation import undonated
 from autochunk.stance import NotCompiledError, compiled_code_only, reason_not_compiled
 from autochunk.steps import (
     Step,
@@ -472,15 +473,17 @@ class _Evaluated(torch.autograd.Function):
             if isinstance(result, Tensor) and result.requires_grad
         ]
         leaves = [leaf for leaf, want in zip(ctx.leaves, tensors, strict=True) if want]
-        found = iter(
-            torch.autograd.grad(
-                [r for r, _ in pairs],
-                leaves,
-                [g for _, g in pairs],
-                retain_graph=torch._C._autograd._get_current_graph_task_keep_graph(),
-                allow_unused=True,
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        with undonated(retained):
+            found = iter(
+                torch.autograd.grad(
+                    [r for r, _ in pairs],
+                    leaves,
+                    [g for _, g in pairs],
+                    retain_graph=retained,
+                    allow_unused=True,
+                )
             )
-        )
         direct = [next(found) if want else None for want in tensors]
         logits = [ctx.step.leaves[i] for i in ctx.step.deferred]
         return None, None, None, None, *no_gradients(logits, edges), *direct

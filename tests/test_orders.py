@@ -56,6 +56,7 @@ ACTIONS = {
         "v.register_hook(seen.append)",
         "v.retain_grad(); kept.append(v)",
     ],
+    "pass": ["loss.backward(retain_graph=True) if loss.requires_grad else None"],
     "ask": ["loss = loss + torch.autograd.grad((v * v).sum(), v)[0].sum()"],
     "write": [
         "z[:, 5] = -3",
@@ -218,6 +219,22 @@ def test_fault_AA_operand_modified_before_the_backward_pass(no_codegen: None) ->
         loss = F.cross_entropy(functions.head(x[:ROWS], w) + bias, torch.arange(ROWS))
         bias.zero_()
         results.append(torch.autograd.grad(loss, w)[0])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fault_AB_graph_of_a_loss_outside_is_retained(reduction: str) -> None:
+    """Inductor's backward graphs overwrite what was saved, once one has been compiled."""
+    results = []
+    for function in (F.linear, torch.compile(F.linear, backend="autochunk", options=OPTIONS)):
+        x, w = torch.randn(2, V, H, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        grads = []
+        for backward_passes in (1, 2, 3):
+            loss = F.cross_entropy(function(x[:ROWS], w), torch.arange(ROWS), reduction=reduction)
+            for i in reversed(range(backward_passes)):
+                (grad,) = torch.autograd.grad(3 * loss.sum(), w, retain_graph=i > 0)
+                grads.append(grad)
+        results.append(grads)
     torch.testing.assert_close(results[1], results[0])
 
 
