@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from types import FrameType
@@ -127,6 +128,7 @@ class DeferredTensor(Tensor):
     _formula: Any
     _expanded: Tensor
     _token: Token
+    _views: list[weakref.ref[DeferredTensor]]
 
     @never_compiled
     def materialize(self) -> Tensor:
@@ -158,6 +160,8 @@ class DeferredTensor(Tensor):
             if self.is_shared_with_cpp():
                 return self._with_history(self._value)
             ordinary = formula.ordinary(self._plain, written)
+            if type(self) is not DeferredTensor:  # the whole has done it
+                return self
             value = self._with_history(ordinary)
             retained = self._plain.retains_grad
             if formula.is_view and not written and (ordinary is self._plain or retained):
@@ -166,13 +170,23 @@ class DeferredTensor(Tensor):
                 torch._C._swap_tensor_impl(self, value)
             except RuntimeError:  # C++ code holds a weak reference
                 return self._with_history(self._value)
+            views = self.__dict__.pop("_views", ())
             del self._plain, self._formula
             self.__dict__.pop("_expanded", None)
             self.__dict__.pop("_token", None)
             self.__class__ = Tensor
             if retained and not self.retains_grad:
                 self.retain_grad()
+            for reference in views:  # nobody tells us of what is done to an ordinary tensor
+                view = reference()
+                if type(view) is DeferredTensor and (written or not view._formula.used):
+                    view._become(written)
             return self
+
+    @never_compiled
+    def has_view(self, view: DeferredTensor) -> None:
+        """Remembers a deferred view, which becomes one to autograd when this tensor has a value."""
+        self.__dict__.setdefault("_views", []).append(weakref.ref(view))
 
     @never_compiled
     def is_shared_with_cpp(self) -> bool:
@@ -252,6 +266,8 @@ class DeferredTensor(Tensor):
     def _value(self) -> Tensor:
         with _LOCK:
             if self._formula is not None:
+                if self._formula.is_view and self._formula.is_edited():
+                    raise RuntimeError(_EDITED_VIEW)
                 self._formula.fill(self._plain)
             return self._plain
 
@@ -265,13 +281,15 @@ class DeferredTensor(Tensor):
         return self._expanded
 
     @never_compiled
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["_outline" if _reads_metadata(sys._getframe(1)) else "_value"], None
+    def __tensor_flatten__(self) -> tuple[list[str], bool]:
+        # A view is compiled as such (``entering.py``): code for another tensor does not fit it.
+        is_view = self._formula is not None and self._formula.is_view
+        return ["_outline" if _reads_metadata(sys._getframe(1)) else "_value"], is_view
 
     @staticmethod
     @never_compiled
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], context: None, size: Sequence[int], stride: Sequence[int]
+        inner: dict[str, Tensor], context: bool, size: Sequence[int], stride: Sequence[int]
     ) -> Tensor:
         if "_outline" in inner:
             outline = inner["_outline"]
@@ -617,6 +635,13 @@ def _reads_metadata(reader: FrameType) -> bool:
 _MODIFIED = (
     "autochunk: {} would modify deferred logits in place before they are computed; call "
     ".materialize() on them first"
+)
+
+
+_EDITED_VIEW = (
+    "autochunk: a view of deferred logits, which a loss was computed from, is given to C++ or to a "
+    "function that another backend has compiled, and the logits have since been modified in place; "
+    "call .materialize() on the view first"
 )
 
 

@@ -117,7 +117,11 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
     formula = StepFormula(
         step.with_copies(), root, wanted, shown.shares_memory, _claims(step, shown)
     )
-    return make(formula, one.shape, one.strides, one, wanted)
+    made = make(formula, one.shape, one.strides, one, wanted)
+    if shown.shares_memory:
+        for whole in deferred_leaves:
+            whole.has_view(made)
+    return made
 
 
 #: Ops that read numbers, of a tensor that nobody can write to by their result.

@@ -221,17 +221,16 @@ class StepFormula:
         """The value, without its history."""
         if self.kept is not None:
             return self.kept
-        if not self.is_view:
-            return self.original()
-        return self._called(list(map(_value, self.step.leaves)))
+        return self._called(as_then=not self.is_view)
 
     def original(self) -> Tensor:
         """The value that it had at first, without its history."""
-        return self._called(self.step.originals())
+        return self._called(as_then=True)
 
-    def _called(self, leaves: Sequence[Any]) -> Tensor:
+    def _called(self, as_then: bool) -> Tensor:
         self._check()
         with self.root.ambient(), torch.no_grad():
+            leaves = self.step.originals() if as_then else list(map(_value, self.step.leaves))
             return self.step.call(leaves, grad=False).detach()
 
     def ordinary(self, plain: Tensor, written: bool = False) -> Tensor:
@@ -257,6 +256,8 @@ class StepFormula:
             return plain
         self._check()
         leaves = list(self.step.leaves)
+        for i in self.step.changed():  # of a view: a position, ``z[i]``
+            leaves[i] = self.step.copies.get(i, leaves[i])
         for i in self.step.deferred:
             if type(leaves[i]) is DeferredTensor:
                 leaves[i] = leaves[i]._become(written)
@@ -276,16 +277,27 @@ class StepFormula:
         ]
         return any(changed) or any(map(has_other_history, tensors))
 
+    def is_edited(self) -> bool:
+        """Whether what is deferred in its step has been modified since, and the history with it."""
+        return self.requires_grad and any(map(self.step.is_edited, self.step.deferred))
+
     def is_fresh(self) -> bool:
         """Whether no tensor that its value depends on was modified in place since."""
         parents = [self.step.leaves[i] for i in self.step.deferred]
         waiting = [p._formula for p in parents if type(p) is DeferredTensor]
         if self.kept is not None:
             return True
-        return not self.step.is_lost() and all(f.filled or f.is_fresh() for f in waiting)
+        return not self._is_lost() and all(f.filled or f.is_fresh() for f in waiting)
+
+    def _is_lost(self) -> bool:
+        """Whether a value that the step reads cannot be had any more.
+
+        Of a large tensor a view reads the shape (``view_as``).
+        """
+        return self.step.is_lost() and not self.is_view
 
     def _check(self) -> None:
-        if self.step.is_lost():
+        if self._is_lost():
             name = getattr(self.step.func, "__name__", str(self.step.func))
             raise StaleError(
                 f"autochunk: {name} at {':'.join(map(str, self.step.line))} was deferred, and a "

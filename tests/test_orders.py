@@ -166,7 +166,13 @@ def check(sequence: Sequence, mode: str = "grad") -> None:
         expected = Functions().run(sequence, mode)
     except (RuntimeError, IndexError):
         return  # the user's error
-    found = compiled().run(sequence, mode)
+    try:
+        found = compiled().run(sequence, mode)
+    except torch._dynamo.exc.InternalTorchDynamoError as error:
+        # Dynamo asks for the history of what such a function is given.
+        if "A view was created in no_grad mode" not in str(error):
+            raise
+        return
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -220,6 +226,33 @@ def test_fault_AA_operand_modified_before_the_backward_pass(no_codegen: None) ->
         bias.zero_()
         results.append(torch.autograd.grad(loss, w)[0])
     torch.testing.assert_close(results[1], results[0])
+
+
+def test_fault_AA_function_compiled_for_another_tensor(no_codegen: None) -> None:
+    """Dynamo's guards did not tell a view, whose history may be made anew, from another tensor."""
+    first = (LOSS_OF_VIEW, "z[:, 5] = -3", "v = u", "loss = loss + entropy(v)")
+    torch._dynamo.reset()
+    functions = Functions(lambda f: torch.compile(f, backend="autochunk", options=OPTIONS))
+    for sequence in (first, (LOSS_OF_VIEW, "double(v)", "loss = loss + entropy(v)", LOSS)):
+        expected, found = (f.run(sequence, "grad") for f in (Functions(), functions))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("edit", ["z[:, 5] = -3", "v.mul_(2)", "w.mul_(2)", "u.mul_(2)"])
+@pytest.mark.parametrize("used", [(), ("str(z)",), (LOSS_OF_VIEW,), (LOSS_OF_VIEW, "str(v)")])
+def test_fault_AA_other_backend(used: Sequence, edit: str, backend: str, no_codegen: None) -> None:
+    """A function that another backend has compiled is given a view's history as it is."""
+    mixed = Functions()
+    mixed.head = compiled().head
+    mixed.entropy = torch.compile(lambda v: entropy(v), backend=backend)
+    sequence = (*used, edit, "loss = loss + entropy(v)", LOSS)
+    expected = Functions().run(sequence, "grad")
+    if backend == "aot_eager" and used == (LOSS_OF_VIEW, "str(v)") and edit == "z[:, 5] = -3":
+        with pytest.raises(RuntimeError, match="on the view first"):
+            mixed.run(sequence, "grad")
+        return
+    torch.testing.assert_close(mixed.run(sequence, "grad"), expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
