@@ -46,6 +46,7 @@ from autochunk.gathers import (
 )
 from autochunk.kernel_writes import check_writes, functionalised, same_memory
 from autochunk.layout import transpose_buffers
+from autochunk.local_buffers import only_in_untiled_loops
 
 aten = torch.ops.aten
 
@@ -225,7 +226,8 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool, overwrite: bool =
         inputs = [p.meta["val"] for p in placeholders]
         graph = gm.print_readable(print_output=False)
         try:
-            run = compile_fx_inner(gm, inputs)
+            with only_in_untiled_loops():
+                run = compile_fx_inner(gm, inputs)
         except InductorError:
             if not overwrite:
                 raise

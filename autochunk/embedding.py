@@ -86,6 +86,7 @@ def _is_sparse(match: Match) -> bool:
     other = match.kwargs.get("other")
     return (
         len(size) == 2
+        and all(isinstance(n, int) for n in size)  # a table's; other zeros may be of symbolic rows
         and ids_val.dtype in (torch.int32, torch.int64)
         and values.meta["val"].dim() == ids_val.dim() + 1
         and hint(ids_val.numel()) * SPARSE <= hint(size[0])

@@ -108,3 +108,21 @@ def test_shape_of_ids():
     values = torch.arange(12.0).view(2, 2, 3)
     expected = torch.zeros(6, 3).index_put((ids,), values, accumulate=True)
     assert torch.equal(add_rows(torch.zeros(6, 3), ids, values, None), expected)
+
+
+def test_fault_AD_gradient_of_symbolic_rows_is_no_table():
+    """An element of the logits: its gradient is written into zeros of symbolic rows."""
+    head = nn.Linear(8, 96, bias=False)
+
+    @torch.compile(backend="autochunk", options={"strict": True, "min_bytes": 0})
+    def function(x):
+        return head(x).reshape(-1, 96)
+
+    for rows in (12, 16, 24):
+        x = torch.randn(2, rows, 8, requires_grad=True)
+        loss = function(x)[0, 0] * 1.0
+        given, weight = torch.autograd.grad(loss, (x, head.weight))
+        expected = torch.zeros_like(weight)
+        expected[0] = x[0, 0].detach()
+        torch.testing.assert_close(weight, expected)
+        torch.testing.assert_close(given[0, 0], head.weight[0].detach())

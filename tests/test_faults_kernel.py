@@ -251,3 +251,25 @@ def test_fault_C3_multilabel_margin_loss_with_padded_labels(reduction):
         lambda x, w: F.multilabel_margin_loss(F.linear(x, w), labels, reduction=reduction),
         _inputs(),
     )
+
+
+# ---- AC: Inductor's local buffers in tiled loops (pytorch/pytorch#185702) -----------------------
+
+
+def test_fault_AC_local_buffer_of_a_tile_of_rows():
+    """All rows of a tile had the gradient of the last one."""
+    labels, weights = torch.arange(10), torch.linspace(-1, 1, 10).view(2, 5)
+
+    def function(x, w):
+        z = F.linear(x.view(2, 5, 4), w)
+        z = z / (1 + z.norm(dim=-1, keepdim=True))
+        entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+        first = F.cross_entropy(z.flatten(0, 1), labels, reduction="none").view(2, 5)
+        second = F.cross_entropy(z.flatten(0, 1), labels, reduction="none").view(2, 5)
+        ratio = (torch.exp(0.1 * (first - first.detach())) * weights).mean()
+        return entropy.mean(), ratio.square(), second
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(10, 4), torch.randn(64, 4, requires_grad=True)]
+    with torch._inductor.config.patch(force_disable_caches=True):
+        check_chunked(function, inputs, torch.float32, {"min_bytes": 0, "chunk_rows": 11})
