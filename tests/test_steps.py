@@ -205,6 +205,25 @@ REGRESSIONS = {
         outside=("z2.backward(torch.ones_like(z2))", "s3 = self.scale * 1.0"),
         loss=("s3",),
     ),
+    # Fault AA: StaleError in the backward pass.
+    "logits written to after a loss of their double": Step(
+        forward=("q1 = self.head(x)", "z2 = q1.reshape(-1, V)"),
+        outside=(
+            "z3 = z2 * 1.0",
+            "s4 = z3.logsumexp(-1).mean()",
+            "z2[:, 5] = -3.0",
+        ),
+        loss=("s4",),
+        seen=("s4",),
+    ),
+    # Fault AD (with kernels only): the backward pass raised.
+    "an element of logits of changing lengths": Step(
+        forward=("q1 = self.head(x)", "z2 = q1.reshape(-1, V)"),
+        outside=("s4 = z2[0, 0] * 1.0",),
+        loss=("s4",),
+        seen=("s4",),
+        steps=((12, "train"), (16, "train"), (24, "train")),
+    ),
     # Fault J.
     "a learned weight of a loss": Step(
         forward=(
