@@ -17,6 +17,7 @@ inside the op that runs the loop.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -226,7 +227,8 @@ def compile_body(spec: BodySpec, *, values: bool, grads: bool, overwrite: bool =
         inputs = [p.meta["val"] for p in placeholders]
         graph = gm.print_readable(print_output=False)
         try:
-            with only_in_untiled_loops():
+            on_cpu = spec.device.type == "cpu"
+            with only_in_untiled_loops() if on_cpu else contextlib.nullcontext():
                 run = compile_fx_inner(gm, inputs)
         except InductorError:
             if not overwrite:

@@ -13,8 +13,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
-from torch._inductor.codegen.cpp_utils import LocalBufferContext
 from torch._inductor.virtualized import V
 
 _CHECK = "check_outer_fusion_loop_level_attr"
@@ -22,7 +20,11 @@ _CHECK = "check_outer_fusion_loop_level_attr"
 
 @contextlib.contextmanager
 def only_in_untiled_loops() -> Iterator[None]:
-    """What Inductor compiles uses no local buffers in tiled loops."""
+    """What Inductor compiles for a CPU uses no local buffers in tiled loops."""
+    # Slow to import, and of no use elsewhere.
+    from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
+    from torch._inductor.codegen.cpp_utils import LocalBufferContext
+
     check = getattr(OuterLoopFusedSchedulerNode, _CHECK)
 
     def checked(self: Any, kernels: Any, depth: int) -> bool:
