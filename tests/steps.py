@@ -588,11 +588,12 @@ def check(step: Step, quick: bool = False) -> Outcome:
         noise = FLOOR[rounded]
         nearby = [eager, play(_eager, torch.float64, noise)]
         nearby += [play(_eager, dtype, noise * part) for part in (1, -1, 0.7, -0.7)]
+        inductors = _differences(plain.left, [eager], exact, rounded)
+        beyond = _differences(found.left, nearby, exact, rounded)
         differences = {
             name: text
             for name, text in differences.items()
-            if name not in _differences(plain.left, [eager], exact, rounded)
-            and name in _differences(found.left, nearby, exact, rounded)
+            if name not in inductors and name in beyond
         }
     if differences:
         return Outcome("wrong", "\n".join(differences.values()), heads)
