@@ -226,7 +226,7 @@ class DeferredTensor(Tensor):
             # Who hooks the logits, or the node that makes them, wants their gradient.
             args[0]._formula.seen |= _AUTOGRAD[func]
             return func(args[0]._plain, *args[1:], **kwargs or {})
-        if func == Tensor.grad.__get__ and args[0]._plain.retains_grad:
+        if func in _GRAD and args[0]._plain.retains_grad:
             return args[0]._plain.grad
         with _LOCK:
             result = on_use(func, args, kwargs or {})
@@ -457,7 +457,7 @@ class Formula:
             plain.data = value.detach()
         self.filled = True
 
-    def ordinary(self, plain: Tensor, written: bool = False) -> Tensor:
+    def ordinary(self, plain: Tensor, written: bool) -> Tensor:
         """The tensor that the wrapper becomes; ``written``: whether it is modified next."""
         self.fill(plain)
         return claimed(plain) if self.claims else plain
@@ -516,14 +516,23 @@ class Formula:
         if recorded is None:
             with self.ambient():
                 recorded = get_gradient_edge(self.graph.forward(*self.inputs))
-        inputs = [t for t, want in zip(self.tensors, wanted, strict=True) if want]
         create_graph = torch.is_grad_enabled()
-        found = iter(
-            torch.autograd.grad(
-                recorded, inputs, upstream, create_graph=create_graph, allow_unused=True
-            )
+        return wanted_gradients(
+            [recorded], [upstream], self.tensors, wanted, create_graph=create_graph
         )
-        return [next(found) if want else None for want in wanted]
+
+
+def wanted_gradients(
+    outputs: Sequence[Tensor | GradientEdge],
+    upstream: Sequence[Any],
+    tensors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    **settings: Any,
+) -> list[Tensor | None]:
+    """:func:`torch.autograd.grad`, with None for tensors that are not ``wanted``."""
+    inputs = [t for t, want in zip(tensors, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(outputs, inputs, upstream, allow_unused=True, **settings))
+    return [next(found) if want else None for want in wanted]
 
 
 def no_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
@@ -666,6 +675,9 @@ _METADATA = _functions(
     torch.is_tensor,
     Tensor._backward_hooks.__set__,  # by autograd itself, for what a Function has modified
 }
+
+#: Answered by ``plain`` where it has been told to keep its gradient.
+_GRAD = _functions(attributes="grad", methods="")
 
 #: Answered by ``plain`` before it has a value, and whether the gradient may be asked for after
 #: that: FSDP, for one, hooks every output of a model.

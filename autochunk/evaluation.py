@@ -30,6 +30,7 @@ from autochunk.steps import (
     StepFormula,
     edge,
     gradients,
+    gradients_of,
     modes_of_backward,
     numbers_of,
     single_rows,
@@ -467,24 +468,9 @@ class _Evaluated(torch.autograd.Function):
                 if reason_not_compiled(error) is None:
                     raise
                 return None, None, None, None, *_through_logits(ctx, upstream, edges, tensors)
-        pairs = [
-            (result, grad)
-            for result, grad in zip(ctx.results, upstream, strict=True)
-            if isinstance(result, Tensor) and result.requires_grad
-        ]
-        leaves = [leaf for leaf, want in zip(ctx.leaves, tensors, strict=True) if want]
         retained = torch._C._autograd._get_current_graph_task_keep_graph()
         with undonated(retained):
-            found = iter(
-                torch.autograd.grad(
-                    [r for r, _ in pairs],
-                    leaves,
-                    [g for _, g in pairs],
-                    retain_graph=retained,
-                    allow_unused=True,
-                )
-            )
-        direct = [next(found) if want else None for want in tensors]
+            direct = gradients_of(ctx.results, upstream, ctx.leaves, tensors, retain_graph=retained)
         logits = [ctx.step.leaves[i] for i in ctx.step.deferred]
         return None, None, None, None, *no_gradients(logits, edges), *direct
 

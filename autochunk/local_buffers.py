@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 from torch._inductor.virtualized import V
 
@@ -35,8 +36,5 @@ def only_in_untiled_loops() -> Iterator[None]:
             return False  # Inductor compiles them again, each with its own outer loop
         return bool(check(self, kernels, depth))
 
-    setattr(OuterLoopFusedSchedulerNode, _CHECK, checked)
-    try:
+    with mock.patch.object(OuterLoopFusedSchedulerNode, _CHECK, checked):
         yield
-    finally:
-        setattr(OuterLoopFusedSchedulerNode, _CHECK, check)

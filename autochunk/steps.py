@@ -15,7 +15,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autochunk.deferred import DeferredTensor, Formula, StaleError, has_other_history
+from autochunk.deferred import (
+    DeferredTensor,
+    Formula,
+    StaleError,
+    has_other_history,
+    wanted_gradients,
+)
 
 #: What has this part of the logits' elements, or the square in number, is small.
 _SMALL = 64
@@ -113,9 +119,11 @@ class Step:
         if _version(edge(leaf)) > 0:
             return True
         formula = self.formulas[self.deferred.index(position)]
-        return isinstance(formula, StepFormula) and any(
-            map(formula.step.is_edited, formula.step.deferred)
-        )
+        return isinstance(formula, StepFormula) and formula.step.has_edits()
+
+    def has_edits(self) -> bool:
+        """Whether any of those was."""
+        return any(map(self.is_edited, self.deferred))
 
     @property
     def tensors(self) -> list[int]:
@@ -233,13 +241,13 @@ class StepFormula:
             leaves = self.step.originals() if as_then else list(map(_value, self.step.leaves))
             return self.step.call(leaves, grad=False).detach()
 
-    def ordinary(self, plain: Tensor, written: bool = False) -> Tensor:
+    def ordinary(self, plain: Tensor, written: bool) -> Tensor:
         """The tensor that the wrapper becomes: with the history that eager PyTorch would give.
 
         Args:
             written: Whether it is modified next.
         """
-        edited = any(map(self.step.is_edited, self.step.deferred))
+        edited = self.step.has_edits()
         if self.kept is None and self.is_view:  # of the memory of the whole
             wholes = [self.step.leaves[i] for i in self.step.deferred]
             for whole in wholes:
@@ -279,7 +287,7 @@ class StepFormula:
 
     def is_edited(self) -> bool:
         """Whether what is deferred in its step has been modified since, and the history with it."""
-        return self.requires_grad and any(map(self.step.is_edited, self.step.deferred))
+        return self.requires_grad and self.step.has_edits()
 
     def is_fresh(self) -> bool:
         """Whether no tensor that its value depends on was modified in place since."""
@@ -340,7 +348,7 @@ def modes_of_backward(root: Formula) -> Iterator[None]:
 def gradients(step: Step, upstream: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
     """Gradients of a step's results with respect to the tensors among its leaves."""
     create_graph = torch.is_grad_enabled()
-    if create_graph and (step.changed() or any(map(step.is_edited, step.deferred))):
+    if create_graph and (step.changed() or step.has_edits()):
         raise RuntimeError(_EDITED)
     leaves = list(step.leaves) if create_graph else step.originals()
     for i, want in zip(step.tensors, wanted, strict=True):
@@ -352,22 +360,30 @@ def gradients(step: Step, upstream: Sequence[Any], wanted: Sequence[bool]) -> li
             leaves[i] = leaves[i].detach().requires_grad_(want)
     with torch.enable_grad():
         results = step.call(leaves)
+    given = [leaves[i] for i in step.tensors]
+    flat = pytree.tree_leaves(results)
+    return gradients_of(flat, upstream, given, wanted, create_graph=create_graph)
+
+
+def gradients_of(
+    results: Sequence[Any],
+    upstream: Sequence[Any],
+    tensors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    **settings: Any,
+) -> list[Tensor | None]:
+    """Gradients of those results that have one, with respect to the ``wanted`` ones of tensors.
+
+    Args:
+        settings: For :func:`torch.autograd.grad`.
+    """
     pairs = [
-        (output, grad)
-        for output, grad in zip(pytree.tree_flatten(results)[0], upstream, strict=True)
-        if isinstance(output, Tensor) and output.requires_grad
+        (result, grad)
+        for result, grad in zip(results, upstream, strict=True)
+        if isinstance(result, Tensor) and result.requires_grad
     ]
-    inputs = [leaves[i] for i, want in zip(step.tensors, wanted, strict=True) if want]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            inputs,
-            [g for _, g in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
-    return [next(found) if want else None for want in wanted]
+    outputs, grads = [result for result, _ in pairs], [grad for _, grad in pairs]
+    return wanted_gradients(outputs, grads, tensors, wanted, **settings)
 
 
 def is_intercepted() -> bool:
