@@ -2,7 +2,8 @@
 
     1. Trace value and vjp of the body through autograd, with the chunk's shape, and make the
        trace functional (``kernel_writes``).
-    2. Run Inductor's joint-graph passes, as AOTAutograd would, and those of ``gathers``.
+    2. Run Inductor's joint-graph passes and AOTAutograd's elimination of common subexpressions,
+       as a compiled backward pass would, and the passes of ``gathers``.
     3. Peel the matrix products off, so that the loop does them in place:
          first    a product of two inputs (the head) fills the chunk's one logits buffer;
          last     a gradient that ends in a product leaves the graph as its two factors, and a
@@ -28,6 +29,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx_inner
@@ -280,7 +282,23 @@ def _trace(
         table = {**select_decomp_table(), **decompositions}
         gm = make_fx(function, decomposition_table=table, tracing_mode="real")(*inputs)
         gm = functionalised(gm, inputs, table)
-    return joint_graph_passes(gm)
+    return _without_repeats(joint_graph_passes(gm))
+
+
+def _without_repeats(gm: fx.GraphModule) -> fx.GraphModule:
+    """Each expression is there once; equal results are one (the loop only reads them)."""
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        # ``fx_graph_cse`` keeps equal results apart. It finds the results by their metadata, and
+        # this node has none.
+        output.args = (gm.graph.call_function(tuple, output.args),)
+    gm.graph = fx_graph_cse(gm.graph)
+    output = gm.graph.output_node()
+    (packed,) = output.args
+    output.args = packed.args
+    gm.graph.erase_node(packed)
+    gm.recompile()
+    return gm
 
 
 def _picks(body: fx.GraphModule) -> bool:

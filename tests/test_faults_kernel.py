@@ -273,3 +273,24 @@ def test_fault_AC_local_buffer_of_a_tile_of_rows():
     inputs = [torch.randn(10, 4), torch.randn(64, 4, requires_grad=True)]
     with torch._inductor.config.patch(force_disable_caches=True):
         check_chunked(function, inputs, torch.float32, {"min_bytes": 0, "chunk_rows": 11})
+
+
+# ---- AE: Inductor's C++ backend declares the accumulator of two equal sums twice ----------------
+
+
+@pytest.mark.parametrize("name", ["twice", "scaled"])
+def test_fault_AE_equal_bias_gradients(name):
+    """Two equal sums in half precision were two results of the kernel, which did not compile."""
+    labels, mask = torch.arange(20), torch.arange(20) % 3 > 0
+
+    def function(x, w, b):
+        first, second = (b, b) if name == "twice" else (b * 2, b * 3)
+        z = torch.tanh(F.linear(x, w) + first + second)
+        losses = F.cross_entropy(z, labels, reduction="none")
+        return (losses * mask).sum() / mask.sum()
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(size, dtype=torch.bfloat16) for size in [(20, 16), (256, 16), (256,)]]
+    inputs[2].requires_grad_()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        check_chunked(function, inputs, torch.bfloat16, {"min_bytes": 0, "chunk_rows": 10})
