@@ -10,11 +10,8 @@ are computed.
 
 from __future__ import annotations
 
-import ast
 import functools
 import logging
-import re
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +21,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from autochunk.deferred import DeferredTensor
-from autochunk.evaluation import Programs, define, evaluate
+from autochunk.evaluation import Programs, evaluate
 from autochunk.find import fake, is_grad_function, is_inplace, is_random, op_name, source_line
 from autochunk.memory import Memory, storages
 from autochunk.modes import MODES
 from autochunk.sink import ancestors
+from autochunk.source import as_function
 from autochunk.stance import reason_not_compiled
 from autochunk.steps import is_intercepted, is_open, record
 from autochunk.writes import name_of
@@ -61,7 +59,7 @@ def enter(gm: fx.GraphModule, compiler: Callable[..., Any]) -> Entered | None:
     if has_views or written:
         # AOTAutograd does not compile a write to a tensor subclass that has a gradient. And it
         # would take the history that a view had before somebody wrote to the whole.
-        function = gm if _has_attributes(gm) else as_function(gm.graph)
+        function = as_function(gm.graph)
         return Entered(function, compiler, _is_dynamic(gm), with_values=True, written=written)
     return None
 
@@ -158,10 +156,6 @@ def _with_outputs(graph: fx.Graph, outputs: Sequence[Any], kept: Collection[fx.N
     return made
 
 
-def _has_attributes(gm: fx.GraphModule) -> bool:
-    return any(node.op in ("call_module", "get_attr") for node in gm.graph.nodes)
-
-
 def _is_dynamic(gm: fx.GraphModule) -> bool:
     """Whether the graph is compiled for more than one size."""
     values = [fake(node) for node in gm.graph.nodes if node.op == "placeholder"]
@@ -193,30 +187,6 @@ def _refusal(gm: fx.GraphModule, memory: Memory, views: Mapping[int, fx.Node]) -
         if is_inplace(node) and not written:
             return f"{name} writes to a tensor, {source_line(node)}"
     return None
-
-
-def as_function(graph: fx.Graph) -> Callable[..., Any]:
-    """A graph as a Python function whose statements are where the user's are."""
-    code = graph.python_code("self")
-    (function,) = ast.parse(code.src.strip()).body
-    assert isinstance(function, ast.FunctionDef)
-    function.name = "entered"
-    function.args.args.pop(0)  # self
-    lines = {node.name: _line_of(node) for node in graph.nodes}
-    files = Counter(line[0] for line in lines.values() if line)
-    file = files.most_common(1)[0][0] if files else "<unknown>"
-    number = min((line[1] for line in lines.values() if line and line[0] == file), default=1)
-    at = [number]  # a statement without a line is where the one before it is
-    for statement in function.body:
-        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
-        line = lines.get(target.id) if isinstance(target, ast.Name) else None
-        at.append(line[1] if line and line[0] == file else at[-1])
-    return define(function, file, number, at[1:], dict(code.globals))
-
-
-def _line_of(node: fx.Node) -> tuple[str, int] | None:
-    found = re.match(r"(.*?):(\d+)(:|$)", source_line(node))
-    return (found[1], int(found[2])) if found else None
 
 
 class Entered:

@@ -24,6 +24,7 @@ from autochunk.deferred import (
     no_saved_tensors_hooks,
 )
 from autochunk.donation import undonated
+from autochunk.source import define
 from autochunk.stance import NotCompiledError, compiled_code_only, reason_not_compiled
 from autochunk.steps import (
     Step,
@@ -214,33 +215,11 @@ class _Writer:
         assert isinstance(function, ast.FunctionDef)
         file, number = last.line
         at = [line[1] if line and line[0] == file else number for _, line in self.lines]
-        made = define(function, file, number, [number, *at], self.names)
+        places = list(zip(function.body, [number, *at], strict=True))
+        made = define(function, file, number, places, self.names)
         return torch.compile(
             made, backend=compiler, fullgraph=True, dynamic=True if dynamic else None
         )
-
-
-def define(
-    function: ast.FunctionDef, file: str, number: int, lines: Sequence[int], names: dict[str, Any]
-) -> Callable[..., Any]:
-    """Defines a function whose statements are where the user's are.
-
-    Args:
-        function: Its source, modified.
-        file: The user's.
-        number: Line of the function itself.
-        lines: Line of each of its statements.
-        names: Its globals; it becomes one of them.
-    """
-    places: list[tuple[ast.AST, int]] = [(function, number)]
-    places += zip(function.body, lines, strict=True)
-    for place, line in places:
-        for part in ast.walk(place):
-            if hasattr(part, "lineno"):
-                part.lineno = part.end_lineno = line  # type: ignore[attr-defined]
-    exec(compile(ast.Module([function], []), file, "exec"), names)
-    made: Callable[..., Any] = names[function.name]
-    return made
 
 
 class _Source(str):

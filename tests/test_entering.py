@@ -259,6 +259,55 @@ def test_modes(batch):
     torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=0)
 
 
+def _autocast_inside(z, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        return z.pow(3).mean() + _cross_entropy(z, y)
+
+
+def _autocast_off_inside(z, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        first = z.pow(3).mean()
+        with torch.autocast("cpu", enabled=False):
+            second = _cross_entropy(z.float(), y)
+    return first + second
+
+
+def _autocast_twice(z, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        first = _cross_entropy(z, y)
+    with torch.autocast("cpu", enabled=False):
+        return first + z.float().logsumexp(-1).square().mean()
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("loss", [_autocast_inside, _autocast_off_inside, _autocast_twice])
+def test_fault_AF_autocast_inside_and_around(loss, around, batch):
+    """Dynamo failed on our program of the second function: "Global autocast state changed"."""
+
+    def ambient(z, y):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            return loss(z, y)
+
+    function = _second(lambda z, y: loss(z, y), fullgraph=True)
+
+    def second(z, y):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            return function(z, y)
+
+    logits = compiled(Model())(batch[0])
+    with collect() as reports:
+        second(logits, batch[1])
+    assert [row for report in reports for row in report.chunked]
+    assert not logits._formula.filled
+    model, exact = Model(), Model().double()
+    check(
+        _outcome(model, compiled(model), second, batch),
+        _outcome(model, model, ambient, batch),
+        _outcome(exact, exact, loss, batch),
+        torch.bfloat16,
+    )
+
+
 def test_weight_modified_in_between(batch):
     model = Model()
     second = _second(_cross_entropy)
