@@ -63,7 +63,9 @@ def as_function(graph: fx.Graph) -> Callable[..., Any]:
         at.append(line[1] if line and line[0] == file else at[-1])
     function.body, statements = _with_autocast(function.body, graph)
     places = list(zip(statements, at[1:], strict=True))
-    names = {**code.globals, "self": graph.owning_module}
+    names = dict(code.globals)
+    if any(node.op in ("call_module", "get_attr") for node in graph.nodes):
+        names["self"] = graph.owning_module
     return define(function, file, number, places, names)
 
 
