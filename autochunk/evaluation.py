@@ -24,7 +24,7 @@ from autochunk.deferred import (
     no_saved_tensors_hooks,
 )
 from autochunk.donation import undonated
-from autochunk.source import define
+from autochunk.source import define, place
 from autochunk.stance import NotCompiledError, compiled_code_only, reason_not_compiled
 from autochunk.steps import (
     Step,
@@ -215,8 +215,8 @@ class _Writer:
         assert isinstance(function, ast.FunctionDef)
         file, number = last.line
         at = [line[1] if line and line[0] == file else number for _, line in self.lines]
-        places = list(zip(function.body, [number, *at], strict=True))
-        made = define(function, file, number, places, self.names)
+        place(function, number, [number, *at])
+        made = define(function, file, self.names)
         return torch.compile(
             made, backend=compiler, fullgraph=True, dynamic=True if dynamic else None
         )

@@ -42,7 +42,7 @@ from autochunk.find import (
 )
 from autochunk.kernel_writes import views_argument, writing_nodes
 from autochunk.memory import Conflict, Memory, storages, written_arguments
-from autochunk.modes import recording_of
+from autochunk.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, recording_of
 from autochunk.rules import rule_for
 from autochunk.sink import producers
 from autochunk.types import Candidate, Lowered, Refusal
@@ -50,8 +50,6 @@ from autochunk.writes import Inside, conflict_behind, describe, inside_of, refus
 
 aten = torch.ops.aten
 
-_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 _HEAD = "autochunk_head"
 
 #: Calls of a Dynamo graph that are lowered as others; ``z.data`` leaves no ATen op.
@@ -168,10 +166,10 @@ def _lower(
         env: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
         contexts: dict[fx.Node, Any] = {}
         for node in graph.nodes:
-            if node.target is _ENTER_AUTOCAST:
-                contexts[node] = _ENTER_AUTOCAST(*node.args)
-            elif node.target is _EXIT_AUTOCAST:
-                _EXIT_AUTOCAST(contexts.pop(node.args[0]))
+            if node.target is ENTER_AUTOCAST:
+                contexts[node] = ENTER_AUTOCAST(*node.args)
+            elif node.target is EXIT_AUTOCAST:
+                EXIT_AUTOCAST(contexts.pop(node.args[0]))
             elif node in inside.same:
                 env[node] = env[inside.same[node]]
             elif node in run_here:
@@ -282,7 +280,7 @@ def _repeated(graph: fx.Graph, memory: Memory) -> set[fx.Node]:
 def uses_autocast(graph: fx.Graph) -> bool:
     """Whether autocast is on around the graph, or anywhere inside it."""
     ambient = torch._C._is_any_autocast_enabled()
-    return ambient or any(node.target is _ENTER_AUTOCAST for node in graph.nodes)
+    return ambient or any(node.target is ENTER_AUTOCAST for node in graph.nodes)
 
 
 def remaining_write(lowered: Lowered) -> Refusal | None:

@@ -20,6 +20,9 @@ _ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
 _EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
 #: Calls that change the mode.
 MODES = (SET_GRAD, _ENTER_INFERENCE, _EXIT_INFERENCE)
+#: What Dynamo makes of a ``with torch.autocast``.
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
 
 def recording_of(graph: fx.Graph) -> dict[fx.Node, bool]:

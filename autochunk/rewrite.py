@@ -26,9 +26,9 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from autochunk.find import fake, is_differentiable
-from autochunk.lower import _ENTER_AUTOCAST, _EXIT_AUTOCAST, uses_autocast
+from autochunk.lower import uses_autocast
 from autochunk.memory import Memory, is_alias, storages, written_arguments
-from autochunk.modes import SET_GRAD, recording_of
+from autochunk.modes import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD, recording_of
 from autochunk.runtime import gradient_positions
 from autochunk.sink import ancestors
 from autochunk.tail import applied, logical_order, output_index
@@ -185,7 +185,7 @@ class _Writer:
         self._tail(losses)
         deferrals, extra = self._deferrals(output)
         for node in reversed(exits):
-            self.new.call_function(_EXIT_AUTOCAST, (node,))
+            self.new.call_function(EXIT_AUTOCAST, (node,))
         self._write_back(records)
         if self.lowered.needs_grad and not records:
             self.new.call_function(SET_GRAD, (False,))
@@ -216,7 +216,7 @@ class _Writer:
             if isinstance(node.meta.get("val"), torch.Tensor)
         }
         return [
-            self.new.call_function(_ENTER_AUTOCAST, (device, None, False, None))
+            self.new.call_function(ENTER_AUTOCAST, (device, None, False, None))
             for device in sorted(devices)
         ]
 

@@ -11,36 +11,30 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from autochunk.find import source_line
-
-_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-_AUTOCAST = (_ENTER_AUTOCAST, _EXIT_AUTOCAST)
+from autochunk.modes import ENTER_AUTOCAST, EXIT_AUTOCAST
 
 
-def define(
-    function: ast.FunctionDef,
-    file: str,
-    number: int,
-    places: Sequence[tuple[ast.stmt, int]],
-    names: dict[str, Any],
-) -> Callable[..., Any]:
-    """Defines a function whose statements are where the user's are.
-
-    Args:
-        function: Its source, modified.
-        file: The user's.
-        number: Line of the function itself.
-        places: Each of its statements, and its line. Those in another one come after it.
-        names: Its globals; it becomes one of them.
-    """
-    for place, line in [(function, number), *places]:
-        for part in ast.walk(place):
+def place(function: ast.FunctionDef, number: int, lines: Sequence[int]) -> None:
+    """Moves a function to the line ``number``, and its statements to ``lines``."""
+    places: list[tuple[ast.AST, int]] = [(function, number)]
+    places += zip(function.body, lines, strict=True)
+    for node, line in places:
+        for part in ast.walk(node):
             if hasattr(part, "lineno"):
                 part.lineno = part.end_lineno = line  # type: ignore[attr-defined]
+
+
+def define(function: ast.FunctionDef, file: str, names: dict[str, Any]) -> Callable[..., Any]:
+    """Defines a function.
+
+    Args:
+        function: Its source.
+        file: The user's, where its statements are placed.
+        names: Its globals; it becomes one of them.
+    """
     exec(compile(ast.Module([function], []), file, "exec"), names)
     made: Callable[..., Any] = names[function.name]
     return made
@@ -61,12 +55,12 @@ def as_function(graph: fx.Graph) -> Callable[..., Any]:
     for statement in function.body:
         line = lines.get(_assigned(statement) or "")
         at.append(line[1] if line and line[0] == file else at[-1])
-    function.body, statements = _with_autocast(function.body, graph)
-    places = list(zip(statements, at[1:], strict=True))
+    place(function, number, at[1:])
+    function.body = _with_autocast(function.body, graph)
     names = dict(code.globals)
     if any(node.op in ("call_module", "get_attr") for node in graph.nodes):
         names["self"] = graph.owning_module
-    return define(function, file, number, places, names)
+    return define(function, file, names)
 
 
 def _assigned(statement: ast.stmt) -> str | None:
@@ -75,38 +69,32 @@ def _assigned(statement: ast.stmt) -> str | None:
     return target.id if isinstance(target, ast.Name) else None
 
 
-def _with_autocast(body: list[ast.stmt], graph: fx.Graph) -> tuple[list[ast.stmt], list[ast.stmt]]:
+def _with_autocast(body: Sequence[ast.stmt], graph: fx.Graph) -> list[ast.stmt]:
     """Statements with a ``with`` in place of each pair of calls that enter and exit autocast.
 
     Dynamo has made the pairs of ``with`` statements, so they are nested. It would trace into the
     calls, and fails where that is done in a ``with torch.autocast`` ("Global autocast(cpu)_enabled
     state changed while dynamo tracing").
-
-    Returns:
-        The body, and what became of each statement.
     """
-    calls = {node.name: node.target for node in graph.nodes if node.target in _AUTOCAST}
-    made: list[ast.stmt] = []
+    calls = {node.name: node.target for node in graph.nodes}
     block: list[ast.stmt] = []
     outer = []
     for statement in body:
-        made.append(statement)
         value = statement.value if isinstance(statement, ast.Assign) else None
         target = calls.get(_assigned(statement) or "") if isinstance(value, ast.Call) else None
-        if target is _ENTER_AUTOCAST:
+        if target is ENTER_AUTOCAST:
             assert isinstance(value, ast.Call)
-            value.func = ast.parse("torch.autocast", mode="eval").body
-            nothing = ast.copy_location(ast.Pass(), statement)
-            inner = ast.copy_location(ast.With([ast.withitem(value)], [nothing]), statement)
-            made[-1] = inner
+            value.func = ast.Attribute(ast.Name("torch", ast.Load()), "autocast", ast.Load())
+            inner = ast.With([ast.withitem(value)], [ast.Pass()])
+            ast.fix_missing_locations(ast.copy_location(inner, statement))
             block.append(inner)
             outer.append(block)
             block = inner.body
-        elif target is _EXIT_AUTOCAST:
+        elif target is EXIT_AUTOCAST:
             block = outer.pop()
         else:
             block.append(statement)
-    return block, made
+    return block
 
 
 def _line_of(node: fx.Node) -> tuple[str, int] | None:

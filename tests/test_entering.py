@@ -70,13 +70,13 @@ def _second(function: Any, **kwargs: Any) -> Any:
     return torch.compile(function, backend="autochunk", options=OPTIONS, **kwargs)
 
 
-def _check(loss: Any, second: Any, data: Any) -> None:
+def _check(loss: Any, second: Any, data: Any, dtype: torch.dtype = torch.float32) -> None:
     model, exact = Model(), Model().double()
     check(
         _outcome(model, compiled(model), second, data),
         _outcome(model, model, loss, data),
         _outcome(exact, exact, loss, data),
-        torch.float32,
+        dtype,
     )
 
 
@@ -283,29 +283,14 @@ def _autocast_twice(z, y):
 @pytest.mark.parametrize("loss", [_autocast_inside, _autocast_off_inside, _autocast_twice])
 def test_fault_AF_autocast_inside_and_around(loss, around, batch):
     """Dynamo failed on our program of the second function: "Global autocast state changed"."""
-
-    def ambient(z, y):
-        with torch.autocast("cpu", torch.bfloat16, enabled=around):
-            return loss(z, y)
-
-    function = _second(lambda z, y: loss(z, y), fullgraph=True)
-
-    def second(z, y):
-        with torch.autocast("cpu", torch.bfloat16, enabled=around):
-            return function(z, y)
-
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=around)
+    second = autocast(_second(lambda z, y: loss(z, y), fullgraph=True))
     logits = compiled(Model())(batch[0])
     with collect() as reports:
         second(logits, batch[1])
     assert [row for report in reports for row in report.chunked]
     assert not logits._formula.filled
-    model, exact = Model(), Model().double()
-    check(
-        _outcome(model, compiled(model), second, batch),
-        _outcome(model, model, ambient, batch),
-        _outcome(exact, exact, loss, batch),
-        torch.bfloat16,
-    )
+    _check(autocast(loss), second, batch, torch.bfloat16)
 
 
 def test_weight_modified_in_between(batch):
